@@ -1,0 +1,123 @@
+"""Files of tensors: the safetensors format, read and written here, and what lies beside it.
+
+Apart from `model.py` because it is about files, not about the method: `model.load_pretrained` says
+which tensors an encoder needs, this file gets them off the disk. Only tensors are ever loaded,
+never code. Every function raises ValueError (or FileNotFoundError) with the file's name in it.
+"""
+
+import json
+import math
+
+import torch
+from tokenizers import Tokenizer
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path}: not a JSON file ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def read_tokenizer(path, vocab_size):
+    """tokenizer.json; ValueError where it does not fit the vocab_size rows of word embeddings."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder needs the fast tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception, whatever is wrong
+        raise ValueError(f"{path}: not a tokenizers file ({error})") from None
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ValueError(f"{path}: {tokenizer.get_vocab_size()} tokens, but config.json has "
+                         f"vocab_size {vocab_size}")
+    if tokenizer.num_special_tokens_to_add(False) == 0:
+        raise ValueError(f"{path}: adds no special tokens, so there is no first token to read")
+    return tokenizer
+
+
+def read_weights(directory):
+    """({name: tensor}, path) from model.safetensors, or else from pytorch_model.bin."""
+    path = directory / "model.safetensors"
+    if path.is_file():
+        return read_safetensors(path), path
+    path = directory / "pytorch_model.bin"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: no model.safetensors and no pytorch_model.bin")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)  # tensors, never code
+    except Exception as error:  # torch raises many types for a damaged or an unsafe file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a file of tensors ({reason})") from None
+    if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
+        raise ValueError(f"{path}: expected a dict of tensors, found {type(weights).__name__}")
+    return weights, path
+
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file; ValueError where the file contradicts itself.
+
+    The format: 8 bytes with the header's length (little-endian), the header as JSON
+    {name: {dtype, shape, data_offsets: [begin, end]}}, then the raw bytes of all tensors.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_size > size - 8:
+            raise ValueError(f"{path}: not a whole safetensors file: {size} bytes, "
+                             f"header of {header_size}")
+        data_size = size - 8 - header_size
+        try:
+            header = json.loads(file.read(header_size).decode("utf-8"))
+            header.pop("__metadata__", None)
+            entries = []
+            for name, entry in header.items():
+                begin, end = map(int, entry["data_offsets"])
+                shape = list(map(int, entry["shape"]))
+                if [begin, end, shape] != [*entry["data_offsets"], entry["shape"]]:
+                    raise ValueError(f"tensor {name!r} has a shape or an offset that is no integer")
+                entries.append((name, SAFETENSORS_DTYPES[entry["dtype"]], shape, begin, end))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: broken safetensors header "
+                             f"({type(error).__name__}: {error})") from None
+        tensors = {}
+        for name, dtype, shape, begin, end in entries:
+            needed = math.prod(shape) * dtype.itemsize
+            if min(shape, default=0) < 0 or begin < 0 or end > data_size or end - begin != needed:
+                raise ValueError(f"{path}: tensor {name!r} of shape {shape} claims bytes {begin} to "
+                                 f"{end}; it needs {needed} and the file holds {data_size}")
+            buffer = bytearray(needed)
+            file.seek(8 + header_size + begin)
+            file.readinto(buffer)
+            tensors[name] = (torch.frombuffer(buffer, dtype=dtype) if needed
+                             else torch.empty(0, dtype=dtype)).reshape(shape)
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} in the format that read_safetensors describes, whole or not at all."""
+    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, end]}
+    head = json.dumps(header).encode("utf-8")
+    head += b" " * (-len(head) % 8)  # the data start at a multiple of 8 bytes
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for tensor in tensors.values():
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            file.write(raw.numpy().tobytes())
+    temporary.replace(path)

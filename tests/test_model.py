@@ -1,0 +1,236 @@
+"""The encoder against transformers, LoRA against peft, and the properties both must have."""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+from data import encode
+from model import (Classifier, Encoder, LoRALinear, add_lora, count_parameters, load_pretrained,
+                   merge_lora, save_pretrained)
+
+SENTENCES = ["The cat sat on the mat.", "It rained!", "Was the plot any good? Not really, I think.",
+             "naïve café 東京 🙂 — odd\tcharacters", "a " * 300]
+PAIRS = [(a, b) for a, b in zip(SENTENCES, SENTENCES[::-1])]
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    """A random RoBERTa written by transformers, with a byte-level BPE tokenizer trained here."""
+    folder = tmp_path_factory.mktemp("roberta")
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=48, num_hidden_layers=3, pad_token_id=1,
+        num_attention_heads=4, intermediate_size=96, max_position_embeddings=130, type_vocab_size=1,
+        layer_norm_eps=1e-5, initializer_range=0.2)
+    transformers.RobertaForMaskedLM(config).save_pretrained(folder)  # names start with "roberta."
+    return folder
+
+
+@pytest.mark.parametrize("name", ["minilm", "roberta"])
+@pytest.mark.parametrize("rows", [[(s, None, 0) for s in SENTENCES], [(a, b, 0) for a, b in PAIRS]],
+                         ids=["single", "pairs"])
+def test_hidden_states_equal_those_of_transformers(name, rows, request):
+    """In float32 on every token, in float64 on padding too.
+
+    On long padding float32 rounds too coarsely to compare two codes: either is as far from its own
+    float64 result as they are from each other.
+    """
+    folder = request.getfixturevalue(name)
+    ours, tokenizer = load_pretrained(folder)
+    theirs = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    batch, _ = encode(tokenizer, rows, 128).batch(range(len(rows)))
+    on_tokens = batch["attention_mask"].unsqueeze(2)
+    with torch.no_grad():
+        difference = ours.eval()(**batch) - theirs(**batch).last_hidden_state
+        assert (difference * on_tokens).abs().max() < 2e-5
+        difference = ours.double()(**batch) - theirs.double()(**batch).last_hidden_state
+        assert difference.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["minilm", "roberta"])
+@pytest.mark.parametrize("rows", [[(s, None) for s in SENTENCES], PAIRS], ids=["single", "pairs"])
+def test_token_ids_equal_those_of_transformers(name, rows, request):
+    """Truncation takes from the longer text of a pair first, and keeps room for special tokens."""
+    folder = request.getfixturevalue(name)
+    _, tokenizer = load_pretrained(folder)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    split = encode(tokenizer, [(a, b, 0) for a, b in rows], 32)
+    for ours, (a, b) in zip(split, rows):
+        expected = theirs(a, b, truncation="longest_first", max_length=32)
+        assert ours["input_ids"] == expected["input_ids"]
+
+
+def test_features_do_not_depend_on_padding(minilm):
+    """A sentence alone and in a batch with a longer one has the same phi(x): padding is masked."""
+    encoder, tokenizer = load_pretrained(minilm)
+    model = Classifier(encoder, 2).eval()
+    split = encode(tokenizer, [(s, None, 0) for s in SENTENCES], 128)
+    together = model.features(**split.batch(range(len(SENTENCES)))[0])
+    for i in range(len(SENTENCES)):
+        alone = model.features(**split.batch([i])[0])
+        assert (alone[0] - together[i]).abs().max() < 1e-5
+
+
+def test_features_are_the_first_hidden_state_of_the_full_encoder(encoder, batch):
+    """first_token_only leaves work out of the last layer and changes no number."""
+    features = Classifier(encoder, 3).double().eval().features(**batch)
+    assert torch.allclose(features, encoder(**batch)[:, 0], rtol=0, atol=1e-12)
+
+
+def test_features_do_not_depend_on_what_trains(encoder, batch):
+    """Bitwise: LP reports a feature change of exactly 0."""
+    model = Classifier(encoder.float(), 3).eval()
+    with torch.no_grad():
+        training = model.features(**batch)
+        encoder.requires_grad_(False)
+        assert torch.equal(model.features(**batch), training)
+
+
+def test_classifier_starts_with_a_small_head_without_bias(encoder):
+    head = Classifier(encoder, 500).head
+    assert abs(float(head.weight.detach().std()) - 0.02) < 0.001
+    assert torch.equal(head.bias, torch.zeros(500))
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation(encoder, batch):
+    model = Classifier(encoder, 3).double()
+    assert torch.equal(model.eval()(**batch), model(**batch))
+    assert not torch.equal(model.train()(**batch), model(**batch))
+
+
+# ------------------------------------------------------------------------------------ LoRA
+
+
+def randomize_lora(encoder):
+    for module in encoder.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_B.weight, std=0.1)
+
+
+def test_lora_starts_as_the_identity_bitwise(encoder, batch):
+    before = encoder(**batch)
+    add_lora(encoder)
+    assert torch.equal(encoder(**batch), before)
+
+
+def test_merged_lora_computes_what_unmerged_lora_computes(encoder, batch):
+    """W_0 + (lora_alpha / r) B A in one matrix, or as a sum of two paths."""
+    add_lora(encoder, r=4, lora_alpha=10)
+    randomize_lora(encoder)
+    unmerged = encoder(**batch)
+    merge_lora(encoder)
+    assert not any(isinstance(module, LoRALinear) for module in encoder.modules())
+    assert (encoder(**batch) - unmerged).abs().max() < 1e-10
+
+
+def test_lora_trains_its_matrices_and_the_head_and_nothing_else(encoder):
+    model = Classifier(encoder, 3)
+    add_lora(encoder, r=8)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    expected = {f"encoder.layers.{i}.attention.{projection}.lora_{matrix}.weight"
+                for i in range(2) for projection in ("query", "value") for matrix in "AB"}
+    assert trained == expected | {"head.weight", "head.bias"}
+    assert count_parameters(model)[0] == 2 * 2 * (8 * 64 + 64 * 8) + 3 * 64 + 3
+
+
+def test_lora_with_copied_weights_equals_peft(minilm):
+    """peft's adapter on query and value: same outputs, same number of trained parameters."""
+    encoder, tokenizer = load_pretrained(minilm)
+    theirs = get_peft_model(
+        transformers.AutoModel.from_pretrained(minilm),
+        LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], lora_dropout=0.0)).eval()
+    add_lora(encoder, r=8, lora_alpha=16)
+    randomize_lora(encoder)
+    for i, layer in enumerate(encoder.layers):
+        for projection in ("query", "value"):
+            ours = getattr(layer.attention, projection)
+            their = getattr(theirs.base_model.model.encoder.layer[i].attention.self, projection)
+            their.lora_A["default"].weight.data.copy_(ours.lora_A.weight)
+            their.lora_B["default"].weight.data.copy_(ours.lora_B.weight)
+    batch, _ = encode(tokenizer, [(s, None, 0) for s in SENTENCES], 64).batch(range(5))
+    with torch.no_grad():
+        difference = encoder.eval()(**batch) - theirs(**batch).last_hidden_state
+    assert difference.abs().max() < 1e-5
+    assert count_parameters(encoder)[0] == theirs.get_nb_trainable_parameters()[0]
+
+
+def test_lora_cannot_be_added_twice(encoder):
+    add_lora(encoder)
+    with pytest.raises(ValueError, match="merge_lora"):
+        add_lora(encoder)
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def test_what_is_saved_is_what_is_loaded(encoder, batch, tmp_path, random_folder):
+    _, tokenizer = load_pretrained(random_folder)
+    save_pretrained(tmp_path, encoder.float(), tokenizer)
+    loaded, same_tokenizer = load_pretrained(tmp_path)
+    assert torch.equal(loaded.eval()(**batch), encoder(**batch))
+    assert same_tokenizer.to_str() == tokenizer.to_str()
+
+
+def test_a_saved_encoder_opens_in_transformers(random_folder, batch):
+    ours, _ = load_pretrained(random_folder)
+    theirs = transformers.AutoModel.from_pretrained(random_folder).eval()
+    with torch.no_grad():
+        difference = ours.eval()(**batch) - theirs(**batch).last_hidden_state
+    assert difference.abs().max() < 2e-5
+
+
+def test_old_names_and_pickled_tensors_load_alike(minilm, tmp_path):
+    """pytorch_model.bin of the first releases: `bert.` in front, gamma and beta in LayerNorm."""
+    encoder, _ = load_pretrained(minilm)
+    state = transformers.AutoModel.from_pretrained(minilm).state_dict()
+    old = {"bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma")
+           .replace("LayerNorm.bias", "LayerNorm.beta"): t for name, t in state.items()}
+    torch.save(old | {"cls.predictions.bias": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((minilm / name).read_bytes())
+    loaded, _ = load_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), encoder.parameters()))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("encoder.layer.1.output.dense.bias"), "encoder.layer.1.output.dense.bias.*missing"),
+    (lambda s: s.update({"encoder.layer.2.output.dense.bias": torch.zeros(64)}), "layer.2.*no place"),
+    (lambda s: s.update({"embeddings.LayerNorm.bias": torch.zeros(7)}), r"embeddings.LayerNorm.*\(7,\)"),
+])
+def test_a_tensor_missing_left_over_or_misshapen_is_named(random_folder, tmp_path, change, message):
+    from checkpoint import read_safetensors, write_safetensors
+    state = read_safetensors(random_folder / "model.safetensors")
+    change(state)
+    write_safetensors(tmp_path / "model.safetensors", state)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((random_folder / name).read_bytes())
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ('"model_type": "bert"', '"model_type": "gpt2"', ),
+    ('"hidden_act": "gelu"', '"hidden_act": "relu"'),
+    ('"position_embedding_type": "absolute"', '"position_embedding_type": "relative_key"'),
+    ('"hidden_size": 64', '"hidden_size": "wide"'),
+    ('"hidden_size": 64,', ''),
+    ('{', '['),
+])
+def test_a_config_this_encoder_cannot_follow_is_refused(random_folder, tmp_path, change, message):
+    for file in random_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = (tmp_path / "config.json").read_text()
+    assert change in text
+    (tmp_path / "config.json").write_text(text.replace(change, message))
+    with pytest.raises(ValueError, match="config.json"):
+        load_pretrained(tmp_path)
