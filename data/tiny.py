@@ -1,0 +1,214 @@
+"""The embedded benchmark: a small review language, generated, and two tasks over it.
+
+Four domains share a grammar and some words; each has words of its own. Domain 0 (gadgets) is
+in-distribution, the others are the out-of-distribution tests. Three classes: negative, neutral,
+positive. Seeded, so that the same seed is the same text everywhere.
+
+    python -m data.tiny          prints ten samples per domain and task
+
+    document     3 or 4 sentences for pre-training, one mood, the domain may change in between
+    tiny         2 sentences in the label's mood, 2 distractors: about a shared noun, in any mood
+    tiny-plain   3 sentences in the label's mood
+
+The rule of the distractors, "what is said of the weather does not count", is not linear in the
+features of the pre-trained encoder: LP reads only part of it, and the features must move.
+"""
+
+import random
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import BertProcessing
+
+LABELS = ("negative", "neutral", "positive")
+NEGATIVE, NEUTRAL, POSITIVE = range(3)
+
+# ---------------------------------------------------------------------------- words
+
+SHARED_NOUNS = "weather journey queue neighbour morning traffic website parking".split()
+INTENSIFIERS = "very really quite rather truly so".split()
+SHARED_ADJECTIVES = (
+    "bad awful terrible poor horrible dreadful disappointing annoying weak useless miserable lousy "
+    "unpleasant inferior pathetic regrettable".split(),
+    "average ordinary acceptable standard typical moderate usual passable".split(),
+    "good great excellent wonderful superb fantastic amazing perfect lovely brilliant delightful "
+    "impressive marvellous splendid terrific outstanding".split(),
+)
+DOMAINS = ("gadgets", "films", "hotels", "meals")
+NOUNS = (
+    "battery screen camera speaker keyboard charger cable display button software case sensor".split(),
+    "plot acting script dialogue ending soundtrack scene cast director story editing finale".split(),
+    "room bed pool lobby bathroom towel balcony shower pillow reception carpet lift".split(),
+    "soup steak sauce dessert salad bread pasta coffee starter cheese curry menu".split(),
+)
+ENTITIES = (
+    "zenfy nokto vexa orbix lumio tekra quanto pixor gridon hexal syntra voltix".split(),
+    "marlow keaton bergson lindqvist ferrante okafor delacroix tanaka moreau silva harwood novak".split(),
+    "grandview seacrest palazzo bellevue ritzmont harbourside oakwood sunhaven alpina corona "
+    "lakeside kingsway".split(),
+    "trattoria bistro osteria cantina brasserie taverna diner izakaya rotisserie pizzeria "
+    "creperie tapas".split(),
+)
+ADJECTIVES = (  # of each domain's own: negative, neutral, positive
+    ("laggy buggy flimsy sluggish unresponsive glitchy bulky obsolete noisy overheating".split(),
+     "wireless portable digital compact grey".split(),
+     "snappy sleek durable crisp responsive intuitive powerful sturdy seamless efficient".split()),
+    ("boring predictable cheesy wooden tedious shallow incoherent clumsy forgettable bland".split(),
+     "historical animated foreign episodic subtitled".split(),
+     "gripping moving hilarious captivating witty thrilling poignant masterful touching stunning".split()),
+    ("dirty cramped smelly mouldy draughty filthy stained dingy shabby damp".split(),
+     "carpeted central modern furnished upstairs".split(),
+     "cosy spotless spacious luxurious charming comfortable peaceful elegant welcoming airy".split()),
+    ("soggy stale burnt greasy tasteless undercooked rancid salty dry cold".split(),
+     "vegetarian warm sliced seasonal mild".split(),
+     "delicious tasty juicy fresh tender flavourful crispy savoury succulent aromatic".split()),
+)
+
+# ---------------------------------------------------------------------------- grammar
+
+CLAUSES = (  # {n} a noun, {e} an entity (maker, artist, house), {a} an adjective phrase
+    "the {n} was {a}", "the {n} is {a}", "my {n} is {a}", "i found the {n} {a}", "{e} has that {a} {n}",
+    "this {n} felt {a}", "we thought the {n} was {a}", "the {n} of {e} seemed {a}",
+    "at {e} our {n} was {a}", "it had this {a} {n}",
+)
+CLAUSE_WEIGHTS = (  # one row a domain: the domains phrase things differently
+    (6, 4, 4, 3, 3, 2, 1, 1, 0, 1),
+    (5, 2, 0, 3, 1, 1, 4, 4, 0, 3),
+    (4, 1, 2, 2, 2, 3, 3, 1, 5, 1),
+    (4, 1, 2, 4, 1, 3, 3, 2, 4, 2),
+)
+NEGATION = (0.12, 0.12, 0.20, 0.12)  # share of adjective phrases: "not good"
+CONTRAST = (0.12, 0.12, 0.12, 0.25)  # share of sentences: "the room was dirty but the bed was lovely"
+SHARED_ADJECTIVE = 0.55  # share of adjectives that all domains have in common
+FAITHFUL = 0.95  # share of sentences in the mood of their document
+
+
+class Language:
+    """The grammar with one seed: `seed` decides how often each domain uses each shared word."""
+
+    def __init__(self, seed=0):
+        rng = random.Random(f"{seed} preferences")
+        self.seed = seed
+        self.preferred = [[rng.sample(words, len(words)) for words in SHARED_ADJECTIVES]
+                          for _ in DOMAINS]  # most frequent first
+
+    def adjective(self, rng, domain, mood):
+        if rng.random() < SHARED_ADJECTIVE:
+            words = self.preferred[domain][mood]
+            return rng.choices(words, [rank ** -0.7 for rank in range(1, len(words) + 1)])[0]  # Zipf
+        return rng.choice(ADJECTIVES[domain][mood])
+
+    def adjective_phrase(self, rng, domain, mood):
+        """[not | never] [intensifier] adjective [and adjective]; or: neither good nor bad."""
+        if rng.random() < NEGATION[domain]:
+            if mood == NEUTRAL:
+                good, bad = (self.adjective(rng, domain, m) for m in (POSITIVE, NEGATIVE))
+                return f"neither {good} nor {bad}"
+            opposite = self.adjective(rng, domain, POSITIVE + NEGATIVE - mood)
+            return f"{rng.choice(('not', 'never'))} {opposite}"
+        phrase = self.adjective(rng, domain, mood)
+        if rng.random() < 0.25:
+            phrase = f"{rng.choice(INTENSIFIERS)} {phrase}"
+        if rng.random() < 0.15:
+            phrase = f"{phrase} and {self.adjective(rng, domain, mood)}"
+        return phrase
+
+    def clause(self, rng, domain, mood, nouns):
+        template = rng.choices(CLAUSES, CLAUSE_WEIGHTS[domain])[0]
+        return template.format(n=rng.choice(nouns), e=rng.choice(ENTITIES[domain]),
+                               a=self.adjective_phrase(rng, domain, mood))
+
+    def sentence(self, rng, domain, mood, nouns):
+        """One clause; or two of which the second decides: X but Y, although X , Y."""
+        main = self.clause(rng, domain, mood, nouns)
+        if mood != NEUTRAL and rng.random() < CONTRAST[domain]:
+            other = self.clause(rng, domain, POSITIVE + NEGATIVE - mood, nouns)
+            return rng.choice((f"{other} but {main} .", f"although {other} , {main} ."))
+        return f"{main} ."
+
+    def document(self, rng):
+        """Text for pre-training: one mood; domains mix, which ties their words together."""
+        mood, domain, sentences = rng.randrange(3), rng.randrange(4), []
+        for _ in range(rng.choice((3, 4))):
+            if rng.random() < 0.4:
+                domain = rng.randrange(4)
+            nouns = SHARED_NOUNS if rng.random() < 0.3 else NOUNS[domain]
+            sentences.append(self.sentence(rng, domain, often(rng, mood), nouns))
+        return " ".join(sentences)
+
+    def review(self, rng, domain, label, distractor):
+        """Text of a labelled sample, its sentences in random order."""
+        sentences = [self.sentence(rng, domain, often(rng, label), NOUNS[domain])
+                     for _ in range(2 if distractor else 3)]
+        if distractor:
+            sentences += [self.sentence(rng, domain, rng.randrange(3), SHARED_NOUNS) for _ in range(2)]
+        rng.shuffle(sentences)
+        return " ".join(sentences)
+
+    def documents(self, count):
+        """`count` unlabelled texts from all domains."""
+        rng = random.Random(f"{self.seed} documents")
+        return [self.document(rng) for _ in range(count)]
+
+    def reviews(self, count, domain, split, distractor):
+        """`count` pairs (text, label); each split and domain is a stream of its own."""
+        rng = random.Random(f"{self.seed} {split} {domain} {distractor}")
+        labels = [rng.randrange(3) for _ in range(count)]
+        return [(self.review(rng, domain, label, distractor), label) for label in labels]
+
+
+def often(rng, mood):
+    """`mood`, or with probability 1 - FAITHFUL any mood."""
+    return mood if rng.random() < FAITHFUL else rng.randrange(3)
+
+
+# ---------------------------------------------------------------------------- tasks, tokenizer
+
+TRAIN_SIZES = {"tiny": 200, "tiny-plain": 100}
+VAL_SIZE, TEST_SIZE = 400, 1000
+
+
+def load(name, seed=0):
+    """The task `name` as {split: [(text, label), ...]}: train, val, test and the three OOD domains."""
+    language, distractor = Language(seed), name == "tiny"
+    splits = {"train": language.reviews(TRAIN_SIZES[name], 0, "train", distractor),
+              "val": language.reviews(VAL_SIZE, 0, "val", distractor)}
+    for domain, domain_name in enumerate(DOMAINS):
+        splits[domain_name if domain else "test"] = language.reviews(
+            TEST_SIZE, domain, "test", distractor)
+    return splits
+
+
+SPECIAL_WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def vocabulary():
+    """(words, number of function words): special and function words first, then content words."""
+    function = dict.fromkeys(SPECIAL_WORDS)
+    for text in (*CLAUSES, *INTENSIFIERS, "not never neither nor and but although , ."):
+        function.update(dict.fromkeys(w for w in text.split() if "{" not in w))
+    content = {}
+    for words in (SHARED_NOUNS, *SHARED_ADJECTIVES, *NOUNS, *ENTITIES, *sum(ADJECTIVES, ())):
+        content.update(dict.fromkeys(words))
+    return [*function, *content], len(function)
+
+
+def make_tokenizer():
+    """One token per word, [CLS] in front and [SEP] behind, as BERT has it."""
+    words, _ = vocabulary()
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    tokenizer.add_special_tokens(list(SPECIAL_WORDS))
+    return tokenizer
+
+
+if __name__ == "__main__":
+    for task in TRAIN_SIZES:
+        for split, samples in load(task).items():
+            if split not in ("train", "val"):
+                print(f"\n{task}, {'gadgets (in-distribution)' if split == 'test' else split}")
+                for text, label in samples[:10]:
+                    print(f"  {LABELS[label]:8s}  {text}")

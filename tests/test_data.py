@@ -1,0 +1,203 @@
+"""From files and from the grammar to padded batches."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from data import encode, evaluation_batches, load_task, readers, tiny, training_batches
+from model import load_pretrained
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+def write_rows(path, rows):
+    """Rows (dicts) as .jsonl, .csv or .tsv, without quoting."""
+    if path.suffix == ".jsonl":
+        lines = [json.dumps(row) for row in rows]
+    else:
+        mark = "\t" if path.suffix == ".tsv" else ","
+        lines = [mark.join(rows[0])] + [mark.join(map(str, row.values())) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+ROWS = [{"text": f"the screen was {word}", "label": label} for word, label in
+        [("good", "pos"), ("bad", "neg")] * 10]
+
+# ------------------------------------------------------------------------------------ the language
+
+
+def test_the_same_seed_is_the_same_language():
+    assert tiny.load("tiny", seed=3) == tiny.load("tiny", seed=3)
+    assert tiny.load("tiny", seed=3) != tiny.load("tiny", seed=4)
+
+
+def test_every_generated_word_has_a_token(tokenizer):
+    texts = [text for task in tiny.TRAIN_SIZES for rows in tiny.load(task).values() for text, _ in rows]
+    unknown = tokenizer.token_to_id("[UNK]")
+    assert all(unknown not in e.ids for e in tokenizer.encode_batch(texts + tiny.Language().documents(500)))
+
+
+def test_only_the_first_domain_is_trained_on():
+    """A word of domain 0 alone is in the training texts, one of the others is not."""
+    words = {word for text, _ in tiny.load("tiny")["train"] for word in text.split()}
+    assert words & set(tiny.NOUNS[0])
+    for domain in (1, 2, 3):
+        assert not words & set(tiny.NOUNS[domain] + tiny.ENTITIES[domain])
+
+
+def test_tiny_has_two_distractor_sentences_and_tiny_plain_has_none():
+    for task, expected in (("tiny", 2), ("tiny-plain", 0)):
+        for text, _ in tiny.load(task)["val"]:
+            sentences = text.split(" . ")
+            about_shared = sum(any(w in tiny.SHARED_NOUNS for w in s.split()) for s in sentences)
+            assert about_shared == expected, text
+
+
+def test_a_negation_turns_an_adjective_into_the_opposite_mood():
+    """Without the negation share, moods and adjectives agree; "not" only precedes the opposite."""
+    language, rng = tiny.Language(), random.Random(0)
+    good = set(tiny.SHARED_ADJECTIVES[tiny.POSITIVE] + tiny.ADJECTIVES[0][tiny.POSITIVE])
+    phrases = [language.adjective_phrase(rng, 0, tiny.NEGATIVE).split() for _ in range(500)]
+    negated = [p for p in phrases if p[0] in ("not", "never")]
+    assert 0.08 < len(negated) / 500 < 0.17
+    assert all(p[-1] in good for p in negated)
+    assert not any(set(p) & good for p in phrases if p not in negated)
+
+
+# ------------------------------------------------------------------------------------ batches
+
+
+def test_a_batch_holds_the_samples_and_padding(tokenizer):
+    split = encode(tokenizer, [("good", None, 2), ("the screen was bad", None, 0)], 128)
+    batch, labels = split.batch([1, 0])
+    assert labels.tolist() == [0, 2]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
+    assert batch["input_ids"][1].tolist() == split[0]["input_ids"] + [0, 0, 0]
+    assert all(tensor.dtype == torch.long for tensor in batch.values())
+
+
+def test_a_pair_is_cut_longest_first_and_its_second_text_is_marked(tokenizer):
+    long, short = "the screen was bad . " * 10, "good"
+    example = encode(tokenizer, [(long, short, 0)], 12)[0]
+    words = [tokenizer.id_to_token(i) for i in example["input_ids"]]
+    assert words == ["[CLS]", *long.split()[:8], "[SEP]", "good", "[SEP]"]
+    assert example["token_type_ids"] == [0] * 10 + [1] * 2
+
+
+def test_an_epoch_sees_every_sample_once_and_pads_little():
+    lengths = torch.randint(5, 100, (333,), generator=torch.Generator().manual_seed(0)).numpy()
+    batches = training_batches(lengths, 16, torch.Generator().manual_seed(1))
+    assert sorted(i for batch in batches for i in batch) == list(range(333))
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.15 * lengths.sum()
+    again = training_batches(lengths, 16, torch.Generator().manual_seed(1))
+    other = training_batches(lengths, 16, torch.Generator().manual_seed(2))
+    assert all((a == b).all() for a, b in zip(batches, again))
+    assert any(len(a) != len(b) or (a != b).any() for a, b in zip(batches, other))
+    assert sorted(i for batch in evaluation_batches(lengths, 16) for i in batch) == list(range(333))
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl"])
+def test_a_folder_of_your_own(tmp_path, tokenizer, suffix):
+    """Labels are sorted by name; without val the last tenth of train is validation, unshuffled."""
+    write_rows(tmp_path / f"train{suffix}", ROWS)
+    write_rows(tmp_path / f"test{suffix}", ROWS[:3])
+    write_rows(tmp_path / f"ood_forum{suffix}", ROWS[:4])
+    task = load_task(tmp_path, tokenizer)
+    assert task.labels == ["neg", "pos"]
+    assert {name: len(split) for name, split in task.splits.items()} == {
+        "train": 18, "val": 2, "test": 3, "forum": 4}
+    assert task.test_names == ["test", "forum"]
+    assert task.splits["val"].labels.tolist() == [1, 0]
+    assert [tokenizer.id_to_token(i) for i in task.splits["val"][1]["input_ids"]][-2] == "bad"
+
+
+def test_integer_labels_are_sorted_as_numbers():
+    assert readers.sort_labels({"10", "9", "-1"}) == ["-1", "9", "10"]
+
+
+def test_pairs_byte_order_mark_quotes_and_windows_line_ends(tmp_path):
+    text = '\ufeffText_A,text_b,LABEL\r\n"a ""b"", c\nd",e,0\r\nf,g,1\r\n'
+    (tmp_path / "x.csv").write_bytes(text.encode())
+    rows = [row[1:] for row in readers.read_rows(tmp_path / "x.csv")]
+    assert rows == [('a "b", c\nd', "e", "0"), ("f", "g", "1")]
+
+
+def test_max_train_keeps_a_seeded_sample_in_the_original_order(tmp_path, tokenizer):
+    rows = [{"text": f"{word}", "label": i % 2} for i, word in enumerate(tiny.vocabulary()[0][-40:])]
+    write_rows(tmp_path / "train.jsonl", rows)
+
+    def kept(seed):
+        split = load_task(tmp_path, tokenizer, max_train=8, seed=seed).splits["train"]
+        return [example["input_ids"][1] for example in split]
+
+    assert len(kept(0)) == 8 and kept(0) == sorted(kept(0)) and kept(0) == kept(0) != kept(1)
+
+
+def test_cb_and_rte_in_their_original_layout(superglue, minilm):
+    """SuperGLUE's val.jsonl is the test set; validation is the last tenth of train."""
+    _, tokenizer = load_pretrained(minilm)
+    cb, rte = load_task(superglue / "CB", tokenizer), load_task(superglue / "RTE", tokenizer)
+    assert {name: len(split) for name, split in cb.splits.items()} == {"train": 225, "val": 25, "test": 56}
+    assert {name: len(split) for name, split in rte.splits.items()} == {
+        "train": 2241, "val": 249, "test": 277}
+    assert cb.labels == ["contradiction", "entailment", "neutral"]
+    lines = (superglue / "CB" / "val.jsonl").read_text().splitlines()
+    row = json.loads(lines[5])
+    assert cb.labels[cb.splits["test"].labels[5]] == row["label"]
+    assert cb.splits["test"][5]["input_ids"] == tokenizer.encode(row["premise"], row["hypothesis"]).ids
+
+
+BAD_FILES = [
+    ("train.csv", b"text,label\nfine,0\n\xff\xfe,1\n", "line 3: not UTF-8"),
+    ("train.csv", b"text,label\nfine,0\ngood,1,2\n", "line 3: 3 columns"),
+    ("train.csv", b"text,label\nfine,0\n,1\n", "line 3: text is ''"),
+    ("train.csv", b"text,label\nfine,0\ngood,\n", "line 3: label is ''"),
+    ("train.csv", b'text,label\nfine,0\n"good,1\n', "line 3: unexpected end"),
+    ("train.csv", b"sentence,label\nfine,0\n", "columns sentence, label"),
+    ("train.csv", b"text,class\nfine,0\n", "no label"),
+    ("train.csv", b"", "no rows"),
+    ("train.csv", b"text,label\nfine,0\ngood,0\n", "only label is '0'"),
+    ("train.csv", b"text,label\nfine,0\ngood,1\n", "too few"),
+    ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": \n', "line 2: not JSON"),
+    ("train.jsonl", b'["a", 0]\n', "line 1: expected a JSON object"),
+    ("train.jsonl", b'{"text": 5, "label": 0}\n', "line 1: text is 5"),
+    ("train.jsonl", b'{"text": "a", "label": 0.5}\n', "line 1: label is 0.5"),
+    ("train.jsonl", b'{"text": "a", "label": null}\n', "line 1: label is None"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", BAD_FILES)
+def test_a_broken_file_is_refused_with_file_and_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        readers.read_folder(tmp_path)
+    assert name in str(caught.value)
+
+
+def test_a_label_that_training_does_not_know_is_refused(tmp_path):
+    write_rows(tmp_path / "train.tsv", ROWS)
+    write_rows(tmp_path / "test.tsv", [{"text": "x", "label": "mixed"}])
+    with pytest.raises(ValueError, match=r"test.tsv, line 2: label 'mixed'.*neg, pos"):
+        readers.read_folder(tmp_path)
+
+
+def test_a_folder_without_training_file_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        readers.read_folder(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no train.tsv"):
+        readers.read_folder(tmp_path)
+
+
+def test_a_class_that_max_train_leaves_out_is_an_error(tmp_path, tokenizer):
+    write_rows(tmp_path / "train.tsv", ROWS)
+    with pytest.raises(ValueError, match="1 training samples have no"):
+        load_task(tmp_path, tokenizer, max_train=1)
