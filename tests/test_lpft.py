@@ -1,0 +1,285 @@
+"""LP against scikit-learn, the FT stage's promises, calibration and feature statistics."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.metrics import pairwise
+from sklearn.model_selection import StratifiedKFold
+
+from data import load_task, tiny, training_batches
+from lpft import (calibration_error, feature_statistics, fine_tune, fit_linear_probe, fit_temperature,
+                  predict, set_head, stratified_folds)
+from model import Classifier, add_lora, load_pretrained
+
+
+def samples(n, h, num_classes, seed=0):
+    """Correlated features with labels that they explain in part."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, h, generator=generator) @ torch.randn(h, h, generator=generator) / h**0.5 + 0.3
+    noisy = x[:, :num_classes] + 0.7 * torch.randn(n, num_classes, generator=generator)
+    return x, noisy.argmax(1)
+
+
+def objective(weight, bias, inverse_l2, x, y):
+    """scikit-learn's: C * summed loss + half the squared norm (of the one vector for two classes)."""
+    x, weight, bias = x.double(), torch.as_tensor(weight).double(), torch.as_tensor(bias).double()
+    if len(weight) == 1:  # scikit-learn's two classes: logits are 0 and w.x + b
+        logits = torch.cat([torch.zeros(len(x), 1).double(), x @ weight.T + bias], 1)
+        penalty = 0.5 * weight.square().sum()
+    else:
+        logits = x @ weight.T + bias
+        penalty = (1.0 if len(weight) == 2 else 0.5) * weight.square().sum()
+    return inverse_l2 * F.cross_entropy(logits, y, reduction="sum") + penalty
+
+
+# ------------------------------------------------------------------------------------ LP
+
+
+@pytest.mark.parametrize("scoring, theirs", [("accuracy", "accuracy"), ("log-loss", "neg_log_loss")])
+@pytest.mark.parametrize("n, h, num_classes", [(150, 20, 3), (120, 16, 2), (60, 90, 4)])
+def test_lp_is_scikit_learns_cross_validated_logistic_regression(n, h, num_classes, scoring, theirs):
+    """Same strength chosen, same minimum of the same objective; also with more features than samples."""
+    x, y = samples(n, h, num_classes)
+    probe = fit_linear_probe(x, y, num_classes, scoring=scoring)
+    reference = LogisticRegressionCV(Cs=10, cv=5, scoring=theirs, tol=1e-9, max_iter=20_000,
+                                     l1_ratios=(0,), use_legacy_attributes=False)
+    reference.fit(x.double().numpy(), y.numpy())
+    assert probe.inverse_l2 == pytest.approx(reference.C_)
+    mine = objective(probe.weight, probe.bias, probe.inverse_l2, x, y)
+    assert mine <= objective(reference.coef_, reference.intercept_, probe.inverse_l2, x, y) * (1 + 1e-6)
+    if num_classes == 2:
+        expected = np.concatenate([-reference.coef_ / 2, reference.coef_ / 2])
+    else:
+        expected = reference.coef_
+    np.testing.assert_allclose(probe.weight, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("inverse_l2", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_lp_ends_where_the_gradient_vanishes(inverse_l2, num_classes):
+    """Below 1e-6 of the gradient at V = 0, for weak and for strong penalties."""
+    x, y = samples(200, 30, num_classes)
+    probe = fit_linear_probe(x, y, num_classes, inverse_l2)
+
+    def gradient_norm(weight, bias):
+        weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        grads = torch.autograd.grad(objective(weight, bias, inverse_l2, x, y), (weight, bias))
+        return math.hypot(*(float(g.norm()) for g in grads))
+
+    start = gradient_norm(torch.zeros_like(probe.weight), torch.zeros_like(probe.bias))
+    assert gradient_norm(probe.weight, probe.bias) < 1e-6 * start
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_folds_are_those_of_scikit_learn(seed):
+    y = torch.randint(0, 4, (83,), generator=torch.Generator().manual_seed(seed))
+    folds = stratified_folds(y)
+    for number, (_, held_out) in enumerate(StratifiedKFold(5).split(np.zeros(83), y.numpy())):
+        assert (folds == number).nonzero().flatten().tolist() == held_out.tolist()
+
+
+def test_lp_refuses_what_it_cannot_fit():
+    x, y = samples(100, 5, 2)
+    with pytest.raises(ValueError, match="class 1 has 3 training samples"):
+        fit_linear_probe(x[:20], torch.tensor([0] * 17 + [1] * 3), 2)
+    with pytest.raises(ValueError, match="NaN"):
+        fit_linear_probe(x.fill_(math.nan), y, 2)
+
+
+# ------------------------------------------------------------------------------------ FT
+
+
+@pytest.fixture(scope="module")
+def small_task():
+    return load_task("tiny-plain", tiny.make_tokenizer(), max_train=60)
+
+
+@pytest.fixture
+def model(random_folder):
+    encoder, _ = load_pretrained(random_folder)
+    torch.manual_seed(0)
+    return Classifier(encoder, 3)
+
+
+def test_lp_leaves_the_encoder_bitwise_unchanged(model, small_task):
+    train = small_task.splits["train"]
+    before = copy.deepcopy(model.encoder.state_dict())
+    set_head(model, fit_linear_probe(predict(model, train)[0], train.labels, 3))
+    assert all(torch.equal(before[name], t) for name, t in model.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_lp_ft_starts_from_the_logits_of_lp(model, small_task, lora):
+    """Before its first step the FT stage computes what the probe computes (LoRA: the same)."""
+    train, val = small_task.splits["train"], small_task.splits["val"]
+    features, _ = predict(model, train)
+    probe = fit_linear_probe(features, train.labels, 3)
+    set_head(model, probe)
+    if lora:
+        add_lora(model.encoder)
+    assert (predict(model, train)[1] - (features.double() @ probe.weight.T + probe.bias)).abs().max() < 1e-5
+    history = fine_tune(model, train, val, lr=1e-3, batch_size=8, epochs=1)
+    assert history[0]["epoch"] == 0
+    assert history[0]["loss"] == pytest.approx(float(F.cross_entropy(
+        features.double() @ probe.weight.T + probe.bias, train.labels)), abs=1e-5)
+
+
+def test_lora_moves_its_matrices_and_the_head_and_nothing_else(model, small_task):
+    add_lora(model.encoder)
+    before = copy.deepcopy(model.state_dict())
+    fine_tune(model, small_task.splits["train"], small_task.splits["val"], lr=1e-2, batch_size=8, epochs=1)
+    moved = {name for name, t in model.state_dict().items() if not torch.equal(before[name], t)}
+    assert moved and all("lora_" in name or name.startswith("head.") for name in moved)
+    assert {"head.weight", "head.bias"} <= moved
+
+
+def test_the_best_validation_epoch_is_kept(model, small_task):
+    """A huge learning rate makes epochs differ; the model afterwards is that of the first best one."""
+    train, val = small_task.splits["train"], small_task.splits["val"]
+    seen = []
+    history = fine_tune(model, train, val, lr=2e-2, batch_size=8, epochs=4,
+                        on_epoch=lambda record: seen.append(copy.deepcopy(model.state_dict())))
+    scores = [record["val_accuracy"] for record in history[1:]]
+    assert max(scores) > min(scores)
+    kept = seen[1 + scores.index(max(scores))]
+    assert all(torch.equal(kept[name], t) for name, t in model.state_dict().items())
+
+
+def test_the_ft_stage_is_adam_with_linear_decay_and_clipping(model, small_task):
+    """Against a plain loop with torch.optim.Adam, same batches, dropout 0."""
+    for module in model.modules():
+        if hasattr(module, "p") or hasattr(module, "dropout"):
+            module.p = 0.0
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0
+    train, val = small_task.splits["train"], small_task.splits["val"]
+    reference, steps = copy.deepcopy(model).train(), 2 * math.ceil(60 / 16)
+    optimizer, step = torch.optim.Adam(reference.parameters(), lr=1e-3), 0
+    for epoch in (1, 2):
+        generator = torch.Generator().manual_seed(7000 + epoch)
+        for indices in training_batches(train.lengths, 16, generator):
+            optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+            batch, labels = train.batch(indices)
+            optimizer.zero_grad()
+            F.cross_entropy(reference(**batch), labels).backward()
+            grads = [p.grad for p in reference.parameters() if p.grad is not None]
+            norm = torch.stack([g.norm() for g in grads]).norm()
+            for g in grads:
+                g.mul_(min(1.0, 1.0 / (float(norm) + 1e-6)))
+            optimizer.step()
+            step += 1
+    states = []
+    fine_tune(model, train, val, lr=1e-3, batch_size=16, epochs=2, seed=7,
+              on_epoch=lambda record: states.append(copy.deepcopy(model.state_dict())))
+    for name, expected in reference.state_dict().items():
+        assert torch.allclose(states[-1][name], expected, atol=2e-5), name
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_learning_rate(model, small_task):
+    with pytest.raises(ValueError, match="--lr 1e.30"):
+        fine_tune(model, small_task.splits["train"], small_task.splits["val"], lr=1e30, batch_size=8)
+
+
+def test_predictions_come_in_the_order_of_the_split(model, small_task):
+    """Batches are sorted by length inside; the result is not."""
+    split = small_task.splits["val"]
+    features, logits = predict(model, split, batch_size=7)
+    batch, _ = split.batch([11, 3])
+    with torch.no_grad():
+        assert torch.allclose(model.eval().features(**batch), features[[11, 3]], atol=1e-5)
+        assert torch.allclose(model(**batch), logits[[11, 3]], atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ calibration
+
+
+def calibrated_logits(n=20_000, num_classes=3):
+    """Logits whose softmax is the distribution that the labels are drawn from: T = 1 is right."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(n, num_classes, generator=generator, dtype=torch.double)
+    return logits, torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.5, 1, 3, 10, 98, 100])
+def test_temperature_recovers_a_known_scale(scale):
+    """Logits that are `scale` times too large need T = scale: Sec. 4.6, within 1 %."""
+    logits, labels = calibrated_logits()
+    true = fit_temperature(logits, labels)
+    assert fit_temperature(scale * logits, labels) == pytest.approx(scale * true, rel=1e-6)
+    large, labels = calibrated_logits(200_000)
+    assert fit_temperature(scale * large, labels) == pytest.approx(scale, rel=0.01)
+
+
+def test_temperature_is_the_minimum_of_the_cross_entropy():
+    logits, labels = calibrated_logits(500)
+    t = fit_temperature(7 * logits, labels)
+    loss = [float(F.cross_entropy(7 * logits / (t * factor), labels)) for factor in (0.99, 1, 1.01)]
+    assert loss[1] < min(loss[0], loss[2])
+
+
+@pytest.mark.parametrize("case", ["all right", "all wrong", "one sample", "chance"])
+def test_temperature_is_never_worse_than_one(case):
+    logits, labels = calibrated_logits(1 if case == "one sample" else 50)
+    labels = {"all right": logits.argmax(1), "all wrong": logits.argmin(1)}.get(case, labels)
+    if case == "chance":
+        labels = labels.roll(1)
+    t = fit_temperature(logits, labels)
+    assert t > 0 and math.isfinite(t)
+    assert F.cross_entropy(logits / t, labels) <= F.cross_entropy(logits, labels)
+
+
+def test_dividing_logits_by_t_is_dividing_v_and_b_by_t(model, small_task):
+    """Sec. 4.6, and therefore no prediction changes."""
+    features, logits = predict(model, small_task.splits["val"])
+    with torch.no_grad():
+        model.head.weight /= 2.5
+        model.head.bias /= 2.5
+    _, scaled = predict(model, small_task.splits["val"])
+    assert torch.allclose(scaled, logits / 2.5, atol=1e-6)
+    assert torch.equal(scaled.argmax(1), logits.argmax(1))
+
+
+def test_calibration_error_by_hand():
+    """Bins are (0, 1/2] and (1/2, 1]: confidence .5 belongs to the lower one."""
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0.0], [0.6, 0.2, 0.2]]).double()
+    ece, mce = calibration_error(probs.log(), torch.tensor([0, 0, 1]), bins=2)
+    lower, upper = abs(1 - 0.5), abs(1 / 2 - (0.9 + 0.6) / 2)
+    assert ece == pytest.approx((1 * lower + 2 * upper) / 3)
+    assert mce == pytest.approx(max(lower, upper))
+
+
+def test_calibration_error_of_every_sample_on_its_own():
+    """With a loop over 15 bins instead of bincount."""
+    logits, labels = calibrated_logits(2000)
+    probs = (3 * logits).softmax(1)
+    confidence, prediction = probs.max(1)
+    gaps, sizes = [], []
+    for m in range(1, 16):
+        inside = (confidence > (m - 1) / 15) & (confidence <= m / 15)
+        if inside.any():
+            gaps.append(abs(float((prediction == labels)[inside].double().mean() - confidence[inside].mean())))
+            sizes.append(int(inside.sum()))
+    ece, mce = calibration_error(3 * logits, labels)
+    assert ece == pytest.approx(np.dot(gaps, sizes) / 2000) and mce == pytest.approx(max(gaps))
+
+
+# ------------------------------------------------------------------------------------ features
+
+
+def test_feature_statistics_against_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    x, x_0 = torch.randn(2, 30, 5, generator=generator, dtype=torch.double)
+    y = torch.arange(30) % 3
+    found = feature_statistics(x, x_0, y)
+    cosines = pairwise.cosine_similarity(x.numpy())
+    assert found["cs"] == pytest.approx(cosines[~np.eye(30, dtype=bool)].mean())
+    assert found["diff"] == pytest.approx(float((x - x_0).norm(dim=1).mean()))
+    assert found["norm"] == pytest.approx(float(x.norm(dim=1).mean()))
+    within = sum(np.cov(x[y == c].T, bias=True) * 10 for c in range(3))
+    total = np.cov(x.T, bias=True) * 30  # S_total = S_between + S_within
+    assert found["fdr"] == pytest.approx(np.trace(total - within) / np.trace(within))
