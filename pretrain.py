@@ -1,0 +1,163 @@
+"""Pre-train the tiny encoder on the generated review language, once; then it is read from a cache.
+
+    python pretrain.py           what `train.py --model tiny` does on first use, alone
+
+The encoder learns to guess masked words from their context (masked language modelling, BERT), and
+to guess the same words from the first token alone. The second task makes the first token, which is
+phi(x), carry what the document says. How good or bad a review is appears all at once after some
+thousand steps, so a gate checks at the end that a linear probe can read it.
+
+Shapes: N documents, L tokens.
+"""
+
+import argparse
+import hashlib
+import inspect
+import json
+import random
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import model as model_file
+from data import encode, evaluation_batches, tiny
+from lpft import accuracy, fit_linear_probe, predict
+from model import Classifier, Encoder, EncoderConfig, MaskedLanguageModel, save_pretrained
+
+CACHE = Path.home() / ".cache" / "lpft"
+
+
+class PolarityNotLearnt(RuntimeError):
+    """The tiny encoder failed its gate; using it would make every result meaningless."""
+
+
+@dataclass
+class Settings:
+    """Everything that decides the tiny encoder, apart from the code."""
+
+    seed: int = 0
+    documents: int = 40_000
+    steps: int = 4000
+    batch_size: int = 64
+    lr: float = 3e-3
+    warmup: float = 0.06  # share of the steps
+    weight_decay: float = 0.01
+    mask_content: float = 0.3  # share of content words that are masked
+    mask_function: float = 0.05
+    first_token_weight: float = 0.5
+    gate: float = 0.9  # validation accuracy that LP must reach
+
+
+def tiny_config():
+    return EncoderConfig(vocab_size=len(tiny.vocabulary()[0]), hidden_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, intermediate_size=256, max_position_embeddings=128,
+                         type_vocab_size=2, initializer_range=0.05)
+
+
+def tiny_encoder(settings=None, cache=CACHE):
+    """The folder of the pre-trained tiny encoder, for model.load_pretrained; trains it if need be."""
+    settings = settings or Settings()
+    folder = Path(cache) / f"tiny-{cache_key(settings)}"
+    if not (folder / "config.json").is_file():
+        print(f"tiny encoder: not in the cache, pre-training it once, into {folder}")
+        encoder, tokenizer = pretrain(settings), tiny.make_tokenizer()
+        check_polarity(encoder, tokenizer, settings)
+        unfinished = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save_pretrained(unfinished, encoder, tokenizer)
+        unfinished.rename(folder)
+    else:
+        print(f"tiny encoder: cached in {folder}")
+    return folder
+
+
+def cache_key(settings):
+    """A hash of all that determines the encoder: settings, sizes, PyTorch, and the code that runs."""
+    code = [inspect.getsource(thing) for thing in (
+        tiny, model_file.SelfAttention, model_file.Layer, Encoder, MaskedLanguageModel,
+        model_file.init_weights, mask_words, pretrain)]
+    parts = [asdict(settings), asdict(tiny_config()), torch.__version__, code]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def pretrain(settings):
+    """Train an encoder on the CPU, without dropout; it is saved with dropout for fine-tuning."""
+    torch.manual_seed(settings.seed)
+    rng = random.Random(settings.seed)
+    tokenizer, config = tiny.make_tokenizer(), tiny_config()
+    texts = tiny.Language(settings.seed).documents(settings.documents)
+    corpus = encode(tokenizer, [(text, None, 0) for text in texts], config.max_length)
+    encoder = Encoder(replace(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    language_model = MaskedLanguageModel(encoder)
+    optimizer = torch.optim.AdamW(language_model.parameters(), lr=settings.lr, fused=True,
+                                  weight_decay=settings.weight_decay)
+    warmup = settings.warmup * settings.steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        (step + 1) / warmup, (settings.steps - step) / (settings.steps - warmup)))
+    batches = evaluation_batches(corpus.lengths, settings.batch_size)  # like lengths: little padding
+    order = []
+    bar = tqdm(range(settings.steps), desc="pre-training", unit="step", mininterval=1.0)
+    for step in bar:
+        if not order:
+            order = rng.sample(batches, len(batches))
+        batch, _ = corpus.batch(order.pop())
+        masked, loss_weight = mask_words(batch, settings)  # (N, L), (N, L)
+        hidden = encoder(masked, batch["attention_mask"])  # (N, L, h)
+        rows, columns = loss_weight.nonzero(as_tuple=True)
+        targets = batch["input_ids"][rows, columns]  # (masked words,)
+        in_context = F.cross_entropy(language_model.predict_words(hidden[rows, columns]), targets)
+        # every masked word of a document is guessed from one vector, its first hidden state
+        first = language_model.predict_words(hidden[:, 0])  # (N, vocabulary)
+        from_first = F.cross_entropy(first[rows], targets)
+        loss = in_context + settings.first_token_weight * from_first
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(language_model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    encoder.config = config
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = config.hidden_dropout_prob
+        if isinstance(module, model_file.SelfAttention):
+            module.dropout = config.attention_probs_dropout_prob
+    return encoder
+
+
+def mask_words(batch, settings):
+    """(ids with [MASK] in some places, True at those places): (N, L), (N, L)."""
+    ids, (words, function_words) = batch["input_ids"], tiny.vocabulary()
+    rate = torch.full((len(words),), settings.mask_content)  # (vocabulary,)
+    rate[:function_words] = settings.mask_function
+    rate[:len(tiny.SPECIAL_WORDS)] = 0.0
+    chosen = torch.rand(ids.shape) < rate[ids]  # (N, L)
+    return ids.masked_fill(chosen, words.index("[MASK]")), chosen
+
+
+def check_polarity(encoder, tokenizer, settings):
+    """The gate: raise PolarityNotLearnt unless LP on `tiny-plain` reads polarity from the features."""
+    texts = tiny.load("tiny-plain", settings.seed)
+    train, val = (encode(tokenizer, [(text, None, label) for text, label in texts[name]], 128)
+                  for name in ("train", "val"))
+    classifier = Classifier(encoder, len(tiny.LABELS))
+    probe = fit_linear_probe(predict(classifier, train)[0], train.labels, len(tiny.LABELS))
+    logits = predict(classifier, val)[0].double() @ probe.weight.T + probe.bias
+    reached = accuracy(logits, val.labels)
+    if reached < settings.gate:
+        raise PolarityNotLearnt(
+            f"the tiny encoder has not learnt polarity: a linear probe reaches {reached:.3f} on "
+            f"validation, the gate is {settings.gate}; nothing was cached. More steps or another "
+            "seed in pretrain.Settings may pass it")
+    print(f"tiny encoder: gate passed, a linear probe reads polarity with accuracy {reached:.3f} "
+          f"(needed: {settings.gate})")
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    tiny_encoder()
