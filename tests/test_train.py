@@ -1,0 +1,161 @@
+"""The command: what it prints, what it leaves behind, what it refuses. On a random tiny encoder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from checkpoint import read_safetensors
+from lpft import predict
+from data import load_task
+from model import Classifier, add_lora, load_pretrained
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"lp": [], "ft": [], "lpft": [], "ft-lora": ["--lora"], "lpft-lora": ["--lora"]}
+
+
+def command(name, *more):
+    stage = [] if name == "lp" else ["--epochs", "2"]
+    return ["--method", name.split("-")[0], *METHODS[name], *stage, "--max-train", "60", *more]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_to_its_table_and_its_files(name, random_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main(command(name, "--model", str(random_folder), "--out", str(out))) == 0
+    printed = capsys.readouterr().out
+    assert "configuration" in printed and printed.splitlines()[-1].startswith("result: method=")
+    result = json.loads((out / "result.json").read_text())
+    assert result["method"] == name.split("-")[0] and result["lora"] == ("lora" in name)
+    names = ["test", "films", "hotels", "meals"]
+    assert list(result["accuracy"]) == list(result["features"]) == list(result["calibration"]) == names
+    for split in names:
+        assert result["features"][split].keys() == {"cs", "diff", "fdr", "norm"}
+        assert result["calibration"][split].keys() == {"ece", "mce", "ece_scaled", "mce_scaled"}
+    head, lora = 3 * 64 + 3, 4 * 2 * 8 * 64
+    trainable = {"lp": head, "ft": result["total_parameters"], "lpft": result["total_parameters"]}
+    assert result["trainable_parameters"] == trainable.get(name, head + lora)
+    assert (result["features"]["test"]["diff"] == 0) == (name == "lp")
+    assert json.loads((out / "config.json").read_text())["seed"] == 0
+    stages = [json.loads(line)["stage"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert stages == {"lp": ["lp"], "ft": ["ft"] * 3}.get(name.split("-")[0], ["lp"] + ["ft"] * 3)
+
+
+def test_the_saved_weights_are_the_ones_that_were_measured(random_folder, tmp_path):
+    assert train.main(command("lpft-lora", "--model", str(random_folder), "--out", str(tmp_path))) == 0
+    encoder, tokenizer = load_pretrained(random_folder)
+    model = Classifier(encoder, 3)
+    add_lora(encoder)
+    model.load_state_dict(read_safetensors(tmp_path / "model.safetensors"))
+    test = load_task("tiny", tokenizer).splits["test"]
+    correct = (predict(model, test)[1].argmax(1) == test.labels).double().mean()
+    assert float(correct) == json.loads((tmp_path / "result.json").read_text())["accuracy"]["test"]
+
+
+def test_the_same_seed_gives_the_same_result(random_folder, tmp_path):
+    results = []
+    for run, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        arguments = command("lpft", "--model", str(random_folder), "--seed", seed)
+        assert train.main([*arguments, "--out", str(tmp_path / run)]) == 0
+        results.append(json.loads((tmp_path / run / "result.json").read_text()))
+        del results[-1]["seconds"]
+    assert results[0] == results[1]
+    assert results[0]["accuracy"] != results[2]["accuracy"]
+
+
+def test_lp_ft_starts_where_lp_ends(random_folder, tmp_path):
+    for name in ("lp", "lpft"):
+        assert train.main(command(name, "--model", str(random_folder), "--out", str(tmp_path / name))) == 0
+    lp, lpft = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("lp", "lpft"))
+    assert lpft["lp"] == lp["lp"]
+    assert lpft["head_norm_initial"] == pytest.approx(lp["head_norm"])
+    assert lp["head_norm_initial"] == 0
+
+
+def test_a_folder_of_your_own_without_test_file(random_folder, tmp_path, capsys):
+    rows = [f"the screen was {word},{label}" for word, label in [("good", "pos"), ("bad", "neg")] * 20]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]))
+    arguments = ["--method", "lpft", "--epochs", "1", "--model", str(random_folder)]
+    assert train.main([*arguments, "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 0
+    assert "only validation accuracy" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] == {}
+
+
+REFUSED = [
+    (["--method", "lp", "--lora"], "--lora"),
+    (["--method", "lp", "--lr", "1e-3"], "--lr has no effect"),
+    (["--method", "lp", "--epochs", "3"], "--epochs has no effect"),
+    (["--method", "ft", "--lora-r", "4"], "--lora-r has no effect"),
+    (["--method", "ft", "--lp-scoring", "log-loss"], "--lp-scoring has no effect"),
+    (["--lp-scoring", "log-loss", "--lp-inverse-l2", "1"], "--lp-scoring has no effect"),
+    (["--lr=-1"], "--lr is -1"), (["--lr", "nan"], "--lr is nan"), (["--lr", "fast"], "--lr"),
+    (["--epochs", "0"], "--epochs is 0"), (["--batch-size", "0"], "--batch-size is 0"),
+    (["--lora", "--lora-r", "0"], "--lora-r is 0"), (["--max-length", "2"], "--max-length is 2"),
+    (["--max-length", "4000"], "positions for 128"), (["--max-train", "0"], "--max-train is 0"),
+    (["--max-train", "6"], "training samples"),
+    (["--seed", "-1"], "--seed is -1"), (["--method", "linear"], "--method"),
+    (["--model", "nowhere"], "nowhere"), (["--data", "nowhere"], "nowhere"),
+    (["--out", "."], "holds something"),
+] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "--device cuda")])
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
+def test_bad_input_ends_in_one_line_and_status_2(arguments, message, random_folder, tmp_path,
+                                                 monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").touch()
+    if "--model" not in arguments:
+        arguments = ["--model", str(random_folder), *arguments]
+    try:
+        status = train.main(arguments)
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2
+    assert error.startswith("train.py: error: ") or error.startswith(f"{Path(sys.argv[0]).name}: error: ")
+    assert message in error
+    assert [p.name for p in tmp_path.rglob("*") if p.name != "runs"] == ["mine"]  # nothing left behind
+
+
+def test_a_run_never_writes_over_another(random_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert train.main(command("lp", "--model", str(random_folder))) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_the_command_needs_only_the_four_packages(random_folder, tmp_path):
+    """Test-time packages are hidden: importing one would end the run."""
+    hidden = "transformers peft sklearn scipy safetensors matplotlib".split()
+    for name in hidden:
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not a run-time package')")
+    done = subprocess.run(
+        [sys.executable, "train.py", *command("lpft", "--model", str(random_folder)),
+         "--out", str(tmp_path / "run")],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_teaches_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    text = capsys.readouterr().out
+    for flag in ("--method", "--lora-r", "--lp-scoring", "--data", "--max-train", "--lr", "--device"):
+        assert flag in text
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_on_cuda(name, random_folder, tmp_path):
+    arguments = command(name, "--model", str(random_folder), "--out", str(tmp_path / "run"))
+    assert train.main([*arguments, "--device", "cuda"]) == 0
+    on_cpu = [*command("lp", "--model", str(random_folder), "--out", str(tmp_path / "cpu"))]
+    assert train.main([*on_cpu, "--device", "cpu"]) == 0
+    cuda, cpu = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("run", "cpu"))
+    if name == "lp":
+        assert cuda["head_norm"] == pytest.approx(cpu["head_norm"], rel=1e-3)

@@ -1,0 +1,331 @@
+"""Train a text classifier with LP, FT or LP-FT, with or without LoRA, and say what happened.
+
+    python train.py --method lpft --lora                          the embedded benchmark, minutes
+    python train.py --method ft --model my/minilm --data my/CB    a real encoder, real data
+
+One run, top to bottom: read the flags (parse_args), load the encoder and the task, linear probing,
+the FT stage (run), measure (evaluate), write and print. The method itself is in `lpft.py`.
+
+Exit status: 0 done, 2 bad input (one line says what), 1 the tiny encoder failed its gate,
+130 interrupted.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import pretrain
+from checkpoint import write_safetensors
+from data import load_task, tiny
+from lpft import (accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
+                  fit_temperature, predict, set_head)
+from model import Classifier, add_lora, count_parameters, load_pretrained
+
+# (batch size, learning rate) of the FT stage by (method, LoRA). For tiny and tiny-plain chosen on
+# validation accuracy (README); for a folder the most usual of the paper's settings (its Table 6).
+RECIPES = {
+    "tiny": {("ft", False): (8, 2e-3), ("lpft", False): (8, 1e-3),
+             ("ft", True): (8, 1e-2), ("lpft", True): (8, 1e-2)},
+    "tiny-plain": {("ft", False): (4, 5e-4), ("lpft", False): (4, 2e-4),
+                   ("ft", True): (4, 1e-2), ("lpft", True): (4, 2e-3)},
+    "folder": {("ft", False): (16, 5e-5), ("lpft", False): (8, 1e-5),
+               ("ft", True): (16, 1e-3), ("lpft", True): (8, 5e-4)},
+}
+
+
+def parse_args(argv=None):
+    """The flags, with every default filled in; meaningless ones end in one line and status 2."""
+    parser = argparse.ArgumentParser(
+        description="Train a text classifier by linear probing (lp), fine-tuning (ft) or linear "
+                    "probing then fine-tuning (lpft), and measure accuracy, features, calibration.",
+        epilog="Example: python train.py --method lpft --lora")
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", choices=("lp", "ft", "lpft"), default="lpft",
+                        help="lp: fit the head on frozen features; ft: train everything from a random "
+                             "head; lpft: lp, then ft from its head (default: %(default)s)")
+    method.add_argument("--lora", action="store_true",
+                        help="in the FT stage train low-rank updates of the query and value "
+                             "projections instead of the whole encoder")
+    method.add_argument("--lora-r", type=int, metavar="R", help="rank of the updates (default: 8)")
+    method.add_argument("--lora-alpha", type=float, metavar="A",
+                        help="updates are scaled by A / R (default: 8)")
+    method.add_argument("--lp-scoring", choices=("accuracy", "log-loss"),
+                        help="what cross-validation picks the LP penalty by (default: accuracy)")
+    method.add_argument("--lp-inverse-l2", type=float, metavar="C",
+                        help="fix the LP penalty (scikit-learn's C) instead of cross-validating it")
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--model", default="tiny", metavar="{tiny,DIR}",
+                      help="tiny: the embedded encoder, pre-trained on first use; or a folder with a "
+                           "BERT or RoBERTa checkpoint (default: tiny)")
+    data.add_argument("--data", default="tiny", metavar="{tiny,tiny-plain,DIR}",
+                      help="an embedded task; or a folder with train, and maybe val, test, ood_NAME, "
+                           "each .tsv, .csv or .jsonl with text (or text_a, text_b) and label "
+                           "(default: tiny)")
+    data.add_argument("--max-length", type=int, default=128, metavar="L",
+                      help="cut texts to this many tokens (default: %(default)s)")
+    data.add_argument("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
+    stage = parser.add_argument_group("FT stage (defaults depend on method and data, and are printed)")
+    stage.add_argument("--epochs", type=int, metavar="N",
+                       help="the best by validation accuracy is kept (default: 10)")
+    stage.add_argument("--batch-size", type=int, metavar="N", help="samples per step")
+    stage.add_argument("--lr", type=float, metavar="LR", help="learning rate at the first step")
+    run_group = parser.add_argument_group("run")
+    run_group.add_argument("--seed", type=int, default=0, metavar="S",
+                           help="of the random head, LoRA, dropout and order (default: %(default)s)")
+    run_group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                           help="auto takes cuda, else mps, else cpu (default: %(default)s)")
+    run_group.add_argument("--out", type=Path, metavar="DIR",
+                           help="folder for config.json, metrics.jsonl, result.json and the weights; "
+                                "must not hold anything yet (default: a new one under runs/)")
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    return fill_defaults(args)
+
+
+def check_flags(parser, args):
+    """Refuse, in one sentence, flags that do not go together and numbers out of range."""
+    stage = {"--epochs": args.epochs, "--batch-size": args.batch_size, "--lr": args.lr}
+    lora = {"--lora-r": args.lora_r, "--lora-alpha": args.lora_alpha}
+    probe = {"--lp-scoring": args.lp_scoring, "--lp-inverse-l2": args.lp_inverse_l2}
+    if args.method == "lp" and args.lora:
+        parser.error("--method lp trains only the head, so --lora has nothing to adapt; "
+                     "use --method ft or lpft")
+    for flags, wrong, why in ((stage, args.method == "lp", "--method lp has no FT stage"),
+                              (lora, not args.lora, "it needs --lora"),
+                              (probe, args.method == "ft", "--method ft does no linear probing")):
+        for flag, value in flags.items():
+            if wrong and value is not None:
+                parser.error(f"{flag} has no effect: {why}")
+    if args.lp_scoring and args.lp_inverse_l2 is not None:
+        parser.error("--lp-scoring has no effect: --lp-inverse-l2 fixes the penalty")
+    positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train}
+    for flag, value in positive.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            parser.error(f"{flag} is {value}; expected a number above 0")
+    if args.max_length < 8:
+        parser.error(f"--max-length is {args.max_length}; expected 8 or more")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed is {args.seed}; expected 0 to {2**32 - 1}")
+
+
+def fill_defaults(args):
+    if args.method != "lp":
+        recipe = RECIPES[args.data if args.data in RECIPES else "folder"]
+        batch_size, lr = recipe[args.method, args.lora]
+        args.epochs = args.epochs or 10
+        args.batch_size = args.batch_size or batch_size
+        args.lr = args.lr or lr
+    if args.lora:
+        args.lora_r, args.lora_alpha = args.lora_r or 8, args.lora_alpha or 8.0
+    if args.method != "ft" and args.lp_inverse_l2 is None:
+        args.lp_scoring = args.lp_scoring or "accuracy"
+    return args
+
+
+def choose_device(name):
+    """(torch.device, why it was chosen); ValueError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+        why = "no CUDA or MPS device found" if name == "cpu" else "found by --device auto"
+    else:
+        why = f"asked for by --device {name}"
+    if not available[name]:
+        raise ValueError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; "
+                         f"available: {', '.join(kind for kind, there in available.items() if there)}")
+    if name == "cuda":
+        why += f", {torch.cuda.get_device_name()}, bfloat16 autocast in the FT stage"
+    return torch.device(name), why
+
+
+def make_run_folder(args):
+    """Create --out, or runs/DATA-MODEL-METHOD-seedS with a number behind it if that is taken."""
+    if args.out is None:
+        name = "-".join([Path(args.data).name, Path(args.model).name, args.method]
+                        + ["lora"] * args.lora + [f"seed{args.seed}"])
+        args.out, number = Path("runs") / name, 1
+        while args.out.exists():
+            number += 1
+            args.out = Path("runs") / f"{name}-{number}"
+    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"--out {args.out}: holds something already; expected a new or empty folder")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+
+# ---------------------------------------------------------------------------- one run
+
+
+def run(args):
+    """Load, probe, fine-tune, evaluate; returns the dict that result.json holds."""
+    started = time.perf_counter()
+    device, why = choose_device(args.device)
+    args.device = device.type
+    make_run_folder(args)  # before minutes of work, so that an unusable --out costs none
+    encoder, tokenizer = load_pretrained(
+        pretrain.tiny_encoder() if args.model == "tiny" else args.model)
+    if args.max_length > encoder.config.max_length:
+        raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
+                         f"{encoder.config.max_length} tokens at most")
+    task = load_task(args.data, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed)
+    print_configuration(args, why, task)
+
+    torch.manual_seed(args.seed)
+    model = Classifier(encoder, len(task.labels)).to(device)
+    features_0 = {name: predict(model, split, desc=f"features of {name}")[0]
+                  for name, split in task.splits.items()}  # phi_0(x), before anything moves
+    result = {"method": args.method, "lora": args.lora, "seed": args.seed, "model": args.model,
+              "data": args.data}
+    with open(args.out / "metrics.jsonl", "w", encoding="utf-8") as log:
+        norm_initial = 0.0  # LP starts from V = 0
+        if args.method != "ft":
+            result["lp"] = probe(args, model, task, features_0, log)
+        if args.method != "lp":
+            norm_initial = float(model.head.weight.detach().norm())
+            fine_tune_stage(args, model, task, log)
+        else:
+            model.encoder.requires_grad_(False)
+    result |= evaluate(model, task, features_0)
+    trainable, total = count_parameters(model)
+    result |= {"head_norm_initial": norm_initial, "trainable_parameters": trainable,
+               "total_parameters": total, "seconds": round(time.perf_counter() - started, 2)}
+    write_safetensors(args.out / "model.safetensors", model.state_dict())
+    write_json(args.out / "result.json", result)
+    print_table(args, result)
+    return result
+
+
+def probe(args, model, task, features_0, log):
+    """The LP stage: fit the head on phi_0 of the training split and put it in the model."""
+    labels = task.splits["train"].labels
+    print(f"\nLP    trains the head alone, on {len(labels)} fixed features")
+    found = fit_linear_probe(features_0["train"], labels, len(task.labels), args.lp_inverse_l2,
+                             args.lp_scoring)
+    set_head(model, found)
+    logits = {name: features_0[name] @ found.weight.float().T + found.bias.float()
+              for name in ("train", "val")}
+    record = {"stage": "lp", "inverse_l2": found.inverse_l2,
+              "train_accuracy": accuracy(logits["train"], labels),
+              "val_accuracy": accuracy(logits["val"], task.splits["val"].labels),
+              "head_norm": float(found.weight.norm())}
+    chosen = f"fixed, C = {found.inverse_l2:.4g}"
+    if found.scores is not None:
+        chosen = f"by 5-fold {args.lp_scoring}, C = {found.inverse_l2:.4g}"
+    print(f"LP    strength {chosen};  train {record['train_accuracy']:.3f}  "
+          f"val {record['val_accuracy']:.3f}  head norm {record['head_norm']:.3f}")
+    log_line(log, record)
+    return record
+
+
+def fine_tune_stage(args, model, task, log):
+    """The FT stage, on all of the encoder or on LoRA alone, and always on the head."""
+    if args.lora:
+        add_lora(model.encoder, args.lora_r, args.lora_alpha)
+    trainable, total = count_parameters(model)
+    what = f"LoRA (r = {args.lora_r}) on query and value" if args.lora else "the whole encoder"
+    print(f"\nFT    trains {what}, and the head: {trainable:,} of {total:,} parameters "
+          f"({100 * trainable / total:.1f} %)")
+
+    def on_epoch(record):
+        tqdm.write(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  "
+                   f"train {record['train_accuracy']:.3f}  val {record['val_accuracy']:.3f}  "
+                   f"head norm {record['head_norm']:.3f}", file=sys.stdout)
+        log_line(log, {"stage": "ft"} | record)
+
+    fine_tune(model, task.splits["train"], task.splits["val"], lr=args.lr, epochs=args.epochs,
+              batch_size=args.batch_size, seed=args.seed, on_epoch=on_epoch)
+
+
+def evaluate(model, task, features_0):
+    """Accuracy, features, calibration on every test split; the temperature comes from val."""
+    _, logits = predict(model, task.splits["val"])
+    temperature = fit_temperature(logits, task.splits["val"].labels)
+    result = {"val_accuracy": accuracy(logits, task.splits["val"].labels), "accuracy": {},
+              "head_norm": float(model.head.weight.detach().norm()), "features": {},
+              "temperature": temperature, "calibration": {}}
+    for name in task.test_names:
+        labels = task.splits[name].labels
+        features, logits = predict(model, task.splits[name], desc=f"testing on {name}")
+        result["accuracy"][name] = accuracy(logits, labels)
+        result["features"][name] = feature_statistics(features, features_0[name], labels)
+        (ece, mce), (ece_scaled, mce_scaled) = (calibration_error(logits, labels),
+                                                calibration_error(logits / temperature, labels))
+        result["calibration"][name] = {"ece": ece, "mce": mce, "ece_scaled": ece_scaled,
+                                       "mce_scaled": mce_scaled}
+    return result
+
+
+# ---------------------------------------------------------------------------- what is written
+
+
+def print_configuration(args, why, task):
+    shown = {name: str(value) if isinstance(value, Path) else value
+             for name, value in vars(args).items() if value is not None}
+    write_json(args.out / "config.json", shown | {"torch": torch.__version__,
+                                                  "threads": torch.get_num_threads()})
+    print("configuration")
+    for name, value in shown.items():
+        print(f"  --{name.replace('_', '-'):16s}{value}{'   (' + why + ')' if name == 'device' else ''}")
+    sizes = ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
+    print(f"  samples           {sizes}\n  classes           {', '.join(task.labels)}")
+
+
+def print_table(args, result):
+    """The final table, then one line that a script can parse."""
+    print(f"\n{'':12s}{'accuracy':>9s}{'ECE':>8s}{'ECE/T':>8s}{'MCE':>8s}{'MCE/T':>8s}"
+          f"{'CS(F)':>9s}{'Diff(F)':>9s}{'FDR(F)':>9s}{'Norm(F)':>9s}")
+    for name, score in result["accuracy"].items():
+        calibration, features = result["calibration"][name], result["features"][name]
+        print(f"{name[:11]:12s}{score:9.3f}" + "".join(
+            f"{calibration[key]:8.3f}" for key in ("ece", "ece_scaled", "mce", "mce_scaled")) + "".join(
+            f"{features[key]:9.3f}" for key in ("cs", "diff", "fdr", "norm")))
+    if not result["accuracy"]:
+        print("no test or ood_NAME file: only validation accuracy is known")
+    print(f"\nECE/T, MCE/T: after dividing logits by T = {result['temperature']:.3f}, fitted on "
+          f"validation. Features: against the pre-trained encoder.\n"
+          f"Head norm {result['head_norm_initial']:.3f} -> {result['head_norm']:.3f}.  "
+          f"Everything is in {args.out}.\n")
+    name = args.method + "-lora" * args.lora
+    line = [f"result: method={name} data={args.data} seed={args.seed}",
+            f"val_accuracy={result['val_accuracy']:.4f}"]
+    line += [f"{split}_accuracy={score:.4f}" for split, score in result["accuracy"].items()]
+    line += [f"{key}={result[key]:.4f}" for key in ("head_norm", "temperature", "seconds")]
+    print(" ".join(line))
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def log_line(log, record):
+    log.write(json.dumps(record) + "\n")
+    log.flush()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        run(args)
+        return 0
+    except (ValueError, OSError) as error:  # bad input: these messages say what and where
+        print(f"train.py: error: {error}", file=sys.stderr)
+        status = 2
+    except pretrain.PolarityNotLearnt as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted", file=sys.stderr)
+        status = 130
+    if args.out and args.out.is_dir() and not any(args.out.iterdir()):
+        args.out.rmdir()  # nothing was measured yet
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
