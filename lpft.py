@@ -242,60 +242,60 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=
     first epoch (1 or later) of the highest validation accuracy. Training loss and accuracy are
     running means over the epoch, with dropout on. Raises ValueError if the loss is not finite.
     """
-    device = device_of(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # weight decay 0 makes AdamW plain Adam
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0,
+                                  fused=device_of(model).type in ("cuda", "cpu"))
     steps = epochs * math.ceil(len(train) / batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-
-    history, best = [], None
-
-    def end_epoch(epoch, loss, train_accuracy):
-        _, logits = predict(model, val)
-        record = {"epoch": epoch, "loss": loss, "train_accuracy": train_accuracy,
-                  "val_accuracy": accuracy(logits, val.labels),
-                  "head_norm": float(model.head.weight.detach().norm()), "lr": schedule.get_last_lr()[0]}
-        history.append(record)
-        if on_epoch:
-            on_epoch(record)
-        return record["val_accuracy"]
-
-    _, logits = predict(model, train)
-    end_epoch(0, float(F.cross_entropy(logits, train.labels)), accuracy(logits, train.labels))
-    bar = tqdm(total=steps, desc="fine-tuning", unit="step", mininterval=1.0)
-    for epoch in range(1, epochs + 1):
-        generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-        total_loss = torch.zeros((), device=device)  # stays there: reading it would stall a GPU
-        correct = torch.zeros((), device=device)
-        model.train()
-        for indices in training_batches(train.lengths, batch_size, generator):
-            batch, labels = train.batch(indices)
-            batch, labels = to_device(batch, device), labels.to(device, non_blocking=True)
-            with mixed_precision(device):
-                logits = model(**batch)  # (N, C)
-            loss = F.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, max_norm=1.0)
-            optimizer.step()
-            schedule.step()
-            total_loss += loss.detach() * len(indices)
-            correct += (logits.detach().argmax(1) == labels).sum()
-            bar.update()
-        mean_loss = float(total_loss) / len(train)
-        if not math.isfinite(mean_loss):
-            bar.close()
-            raise ValueError(f"the training loss became {mean_loss} in epoch {epoch} at --lr {lr:g}; "
-                             "try a smaller one")
-        score = end_epoch(epoch, mean_loss, float(correct) / len(train))
-        if best is None or score > best[0]:
-            best = (score, {name: p.detach().cpu().clone() for name, p in model.named_parameters()
-                            if p.requires_grad})
-    bar.close()
-    model.load_state_dict(best[1], strict=False)  # what is not trained has not moved
+    history, best_score, best_weights = [], -1.0, None
+    with tqdm(total=steps, desc="fine-tuning", unit="step", mininterval=1.0) as bar:
+        for epoch in range(epochs + 1):
+            if epoch == 0:  # the start, measured without dropout
+                _, logits = predict(model, train)
+                loss = float(F.cross_entropy(logits, train.labels))
+                train_accuracy = accuracy(logits, train.labels)
+            else:
+                generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+                batches = training_batches(train.lengths, batch_size, generator)
+                loss, train_accuracy = train_epoch(model, train, batches, optimizer, schedule, bar)
+                if not math.isfinite(loss):
+                    raise ValueError(f"the training loss became {loss} in epoch {epoch} at --lr "
+                                     f"{lr:g}; try a smaller one")
+            val_accuracy = accuracy(predict(model, val)[1], val.labels)
+            history.append({"epoch": epoch, "loss": loss, "train_accuracy": train_accuracy,
+                            "val_accuracy": val_accuracy, "lr": schedule.get_last_lr()[0],
+                            "head_norm": float(model.head.weight.detach().norm())})
+            if on_epoch:
+                on_epoch(history[-1])
+            if epoch and val_accuracy > best_score:
+                best_score = val_accuracy
+                best_weights = {name: p.detach().clone() for name, p in trained.items()}
+    model.load_state_dict(best_weights, strict=False)  # what is not trained has not moved
     model.eval()
     return history
+
+
+def train_epoch(model, train, batches, optimizer, schedule, bar):
+    """One step per index array in `batches`; returns the running (mean loss, accuracy)."""
+    device = device_of(model)
+    total_loss, correct = torch.zeros(2, device=device)  # stay there: reading would stall a GPU
+    model.train()
+    for indices in batches:
+        batch, labels = train.batch(indices)
+        batch, labels = to_device(batch, device), labels.to(device, non_blocking=True)
+        with mixed_precision(device):
+            logits = model(**batch)  # (N, C)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), max_norm=1.0)
+        optimizer.step()
+        schedule.step()
+        total_loss += loss.detach() * len(indices)
+        correct += (logits.detach().argmax(1) == labels).sum()
+        bar.update()
+    return float(total_loss) / len(train), float(correct) / len(train)
 
 
 # ---------------------------------------------------------------------------- calibration

@@ -15,7 +15,7 @@ import hashlib
 import inspect
 import json
 import random
-import shutil
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -66,10 +66,11 @@ def tiny_encoder(settings=None, cache=CACHE):
         print(f"tiny encoder: not in the cache, pre-training it once, into {folder}")
         encoder, tokenizer = pretrain(settings), tiny.make_tokenizer()
         check_polarity(encoder, tokenizer, settings)
-        unfinished = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        save_pretrained(unfinished, encoder, tokenizer)
-        unfinished.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            save_pretrained(Path(unfinished) / "done", encoder, tokenizer)
+            if not folder.exists():  # else another process was faster, with the same encoder
+                (Path(unfinished) / "done").rename(folder)
     else:
         print(f"tiny encoder: cached in {folder}")
     return folder

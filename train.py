@@ -28,12 +28,12 @@ from lpft import (accuracy, calibration_error, feature_statistics, fine_tune, fi
 from model import Classifier, add_lora, count_parameters, load_pretrained
 
 # (batch size, learning rate) of the FT stage by (method, LoRA). For tiny and tiny-plain chosen on
-# validation accuracy (README); for a folder the most usual of the paper's settings (its Table 6).
+# validation accuracy (README); for a folder the most usual of the authors' settings.
 RECIPES = {
-    "tiny": {("ft", False): (8, 2e-3), ("lpft", False): (8, 1e-3),
+    "tiny": {("ft", False): (8, 1.5e-3), ("lpft", False): (8, 1e-3),
              ("ft", True): (8, 1e-2), ("lpft", True): (8, 1e-2)},
-    "tiny-plain": {("ft", False): (4, 5e-4), ("lpft", False): (4, 2e-4),
-                   ("ft", True): (4, 1e-2), ("lpft", True): (4, 2e-3)},
+    "tiny-plain": {("ft", False): (4, 1e-3), ("lpft", False): (4, 1e-4),
+                   ("ft", True): (4, 5e-3), ("lpft", True): (4, 1e-3)},
     "folder": {("ft", False): (16, 5e-5), ("lpft", False): (8, 1e-5),
                ("ft", True): (16, 1e-3), ("lpft", True): (8, 5e-4)},
 }
@@ -204,7 +204,9 @@ def run(args):
 def probe(args, model, task, features_0, log):
     """The LP stage: fit the head on phi_0 of the training split and put it in the model."""
     labels = task.splits["train"].labels
-    print(f"\nLP    trains the head alone, on {len(labels)} fixed features")
+    size, (_, total) = model.head.weight.numel() + model.head.bias.numel(), count_parameters(model)
+    print(f"\nLP    trains the head alone, on {len(labels)} fixed features: {size:,} of {total:,} "
+          f"parameters ({100 * size / total:.1f} %)")
     found = fit_linear_probe(features_0["train"], labels, len(task.labels), args.lp_inverse_l2,
                              args.lp_scoring)
     set_head(model, found)
