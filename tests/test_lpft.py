@@ -13,7 +13,8 @@ from sklearn.model_selection import StratifiedKFold
 
 from data import load_task, tiny, training_batches
 from lpft import (calibration_error, feature_statistics, fine_tune, fit_linear_probe, fit_temperature,
-                  predict, set_head, stratified_folds)
+                  predict, set_head)
+from linear_probe import stratified_folds
 from model import Classifier, add_lora, load_pretrained
 
 
