@@ -106,14 +106,14 @@ def pretrain(settings):
         if not order:
             order = rng.sample(batches, len(batches))
         batch, _ = corpus.batch(order.pop())
-        masked, loss_weight = mask_words(batch, settings)  # (N, L), (N, L)
+        masked, chosen = mask_words(batch, settings)  # (N, L), (N, L)
         hidden = encoder(masked, batch["attention_mask"])  # (N, L, h)
-        rows, columns = loss_weight.nonzero(as_tuple=True)
-        targets = batch["input_ids"][rows, columns]  # (masked words,)
-        in_context = F.cross_entropy(language_model.predict_words(hidden[rows, columns]), targets)
-        # every masked word of a document is guessed from one vector, its first hidden state
-        first = language_model.predict_words(hidden[:, 0])  # (N, vocabulary)
-        from_first = F.cross_entropy(first[rows], targets)
+        guesses = language_model.predict_words(hidden[chosen])  # (masked words, vocabulary)
+        in_context = F.cross_entropy(guesses, batch["input_ids"][chosen])
+        # Every masked word of a document is guessed from one vector, its first hidden state. By
+        # gather: indexing with repeated rows has a backward pass that adds in a random order.
+        first = language_model.predict_words(hidden[:, 0]).log_softmax(1)  # (N, vocabulary)
+        from_first = -first.gather(1, batch["input_ids"])[chosen].mean()
         loss = in_context + settings.first_token_weight * from_first
         optimizer.zero_grad()
         loss.backward()
