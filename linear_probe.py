@@ -78,9 +78,9 @@ def stratified_folds(labels, folds=5):
     labels = labels.numpy()
     classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
     if counts.min() < folds:
-        raise ValueError(f"linear probing: class {classes[counts.argmin()]} has {counts.min()} training "
-                         f"samples, {folds}-fold cross-validation needs {folds} of each class; add "
-                         "samples or fix the strength with --lp-inverse-l2")
+        raise ValueError(f"{folds}-fold cross-validation needs {folds} training samples of each class, class "
+                         f"{classes[counts.argmin()]} has {counts.min()}; take more samples, or fix LP's "
+                         "strength with --lp-inverse-l2")
     classes = classes[first.argsort()]
     dealt = np.concatenate([labels[labels == c] for c in classes])  # (N,), sorted
     fold_of = np.empty(len(labels), dtype=int)

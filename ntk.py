@@ -1,0 +1,423 @@
+"""The exact empirical neural tangent kernel of a classifier, and what the paper measures on it.
+
+    Theta(x, x') = (df(x)/dtheta) (df(x')/dtheta)^T  =  P(x, x') + F(x, x')           Prop. 4.1
+    P = (<phi(x), phi(x')> + 1) I_C                        the head's part, `ntk_pretrain`
+    F = V (dphi(x)/dtheta_phi) (dphi(x')/dtheta_phi)^T V^T    the encoder's part, `ntk_ft`
+
+over the parameters that require a gradient, at their present values, dropout off. Read in order:
+ntk_by_jacobian is the definition in twenty lines; empirical_ntk computes the same numbers for a real
+encoder in bounded memory; the statistics at the end are Table 2 of the paper.
+
+Shapes: N training samples, M test samples, R = N + M, L tokens, C classes, h width, p parameters;
+in and out are the widths of one layer. A kernel is (N, C, N, C), the paper's NC x NC matrix once
+reshaped; test kernels are (M, C, N, C).
+"""
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call, jacrev, vmap
+from tqdm import tqdm
+
+from linear_probe import fit_linear_probe, stratified_folds
+
+MAX_COLUMNS = {False: 2**15, True: 2**17}  # terms in one float32 product: on a CPU, on CUDA
+
+
+@dataclass
+class NTK:
+    """P and F of Prop. 4.1 on training pairs, and of test against training samples; float64, CPU."""
+
+    pretrain: torch.Tensor  # P, (N, C, N, C)
+    ft: torch.Tensor  # F, (N, C, N, C)
+    test_pretrain: torch.Tensor | None = None  # P, (M, C, N, C)
+    test_ft: torch.Tensor | None = None  # F, (M, C, N, C)
+
+
+# ---------------------------------------------------------------------------- the definition
+
+
+def ntk_by_jacobian(model, train_batches, test_batches=None):
+    """Theta as Prop. 4.1 defines it: Jacobians of single samples, multiplied. Holds N x C x p floats.
+
+    Batches are iterables of dicts {input_ids, attention_mask, token_type_ids}, each (n, L).
+    """
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def logits(trained, sample):  # of one sample: (C,)
+        return functional_call(model, trained, (), {k: t.unsqueeze(0) for k, t in sample.items()})[0]
+
+    def jacobians(batches):  # {name: (N, C, parameters of this name)}
+        parts = [vmap(jacrev(logits), in_dims=(None, 0))(trained, batch) for batch in batches]
+        return {name: torch.cat([part[name].flatten(2) for part in parts]) for name in trained}
+
+    def contract(rows, columns, of_head):
+        total = 0.0
+        for name in trained:
+            if name.startswith("head.") == of_head:
+                total = total + torch.einsum("ncp,mdp->ncmd", rows[name], columns[name]).double().cpu()
+        if isinstance(total, float):  # nothing of this part trains
+            (n, c), m = rows["head.bias"].shape[:2], len(columns["head.bias"])
+            return torch.zeros(n, c, m, c, dtype=torch.double)
+        return total  # (N or M, C, N, C)
+
+    train = jacobians(train_batches)
+    test = jacobians(test_batches) if test_batches else None
+    return NTK(contract(train, train, True), contract(train, train, False),
+               contract(test, train, True) if test else None,
+               contract(test, train, False) if test else None)
+
+
+# ---------------------------------------------------------------------------- the engine
+
+
+def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
+    """The same kernel, layer by layer, without ever holding a Jacobian of the whole model.
+
+    F is a sum over layers, F = sum_l J_l J_l^T, and J_l, (R C, parameters of l), needs only what the
+    layer saw and what came back to it: its input a (n, T, in) at T positions and, for each of the
+    C logits, the gradient g (n, C, T, out) of its output. So layers are taken in groups whose a and
+    g fit into half of `memory_budget` (bytes; the kernel and the activations of one batch come on
+    top), each group with one forward and C backward passes over all batches. A layer too large for
+    that is taken in slices of its output features. Products are in the model's precision with at
+    most MAX_COLUMNS terms, their sum is in float64: a float32 sum loses two digits.
+
+    Raises ValueError where the result would not be exact (see trainable_layers) or the budget is
+    too small, RuntimeError if entries computed by autograd differ (see spot_check).
+    """
+    layers = trainable_layers(model)
+    device, num_classes = model.head.weight.device, model.head.out_features
+    train, test = ([{name: t.to(device) for name, t in batch.items()} for batch in batches or ()]
+                   for batches in (train_batches, test_batches))
+    N, R = (sum(len(b["input_ids"]) for b in some) for some in (train, train + test))
+    store = memory_budget // 2  # the other half is for one chunk of J and what autograd returns
+    groups = group_pieces(layers, train + test, num_classes, store, model.head.weight.element_size())
+    size = sum(p.numel() for layer in layers.values() for p in layer.parameters(recurse=False)
+               if p.requires_grad)
+    tqdm.write(f"NTK   N = {N} training and {R - N} test samples, C = {num_classes}, p = {size:,} in the "
+               f"encoder; at most {memory_budget / 2**20:,.0f} MB beside the kernel of "
+               f"{8e-6 * R * N * num_classes**2:,.0f} MB; {len(groups)} passes", file=sys.stdout)
+    # MPS has no float64
+    kernel = torch.zeros(R * num_classes, N * num_classes, dtype=torch.double,
+                         device="cpu" if device.type == "mps" else device)
+    with exact_and_frozen(model) as trained, tqdm(total=size, desc="NTK", unit="parameter",
+                                                  unit_scale=True, mininterval=1.0) as bar:
+        for group in groups:
+            stored = inputs_and_gradients(model, train + test, group, num_classes)
+            for layer, start, stop in group:
+                inputs, gradients = stored.pop(layer)
+                if inputs:
+                    add_layer(kernel, layer, trained[layer], inputs, gradients, start, stop,
+                              memory_budget // 4)
+                bar.update(sum(p.numel() * (stop - start) // out_features(layer)
+                               for p in trained[layer].values()))
+        with torch.no_grad():
+            features = torch.cat([model.features(**batch) for batch in train + test])  # (R, h)
+    square = kernel[:len(kernel[0])].tril()  # only blocks that touch the lower triangle were filled
+    kernel = torch.cat([square + square.tril(-1).T, kernel[len(square):]]).cpu()
+    kernel_ft = kernel.unflatten(1, (N, num_classes)).unflatten(0, (R, num_classes))  # (R, C, N, C)
+    features = features.cpu().double()
+    gram = features @ features[:N].T + 1  # (R, N)
+    eye = torch.eye(num_classes, dtype=torch.double)
+    kernel_pretrain = torch.einsum("rn,cd->rcnd", gram, eye)  # P of Prop. 4.1, (R, C, N, C)
+    spot_check(model, train + test, N, kernel_ft + kernel_pretrain)
+    return NTK(kernel_pretrain[:N], kernel_ft[:N], kernel_pretrain[N:] if test else None,
+               kernel_ft[N:] if test else None)
+
+
+def trainable_layers(model):
+    """{name: module} of the encoder's layers that train; ValueError for what would not be exact."""
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"NTK: {training[0]} is in training mode, where dropout is random; call "
+                         "model.eval() first")
+    if torch.is_autocast_enabled(model.head.weight.device.type) or torch.is_inference_mode_enabled():
+        raise ValueError("NTK: needs full precision and gradients; leave torch.autocast and "
+                         "torch.inference_mode")
+    if not all(p.requires_grad for p in model.head.parameters()):
+        raise ValueError("NTK: the head does not train, but P of Prop. 4.1 is the head's kernel")
+    first_name = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p.requires_grad and first_name.setdefault(p, name) != name:
+            raise ValueError(f"NTK: {name} is the same tensor as {first_name[p]}; layers that share "
+                             "parameters have cross terms, which are not computed")
+    layers = {}
+    for name, module in model.encoder.named_modules():
+        own = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if own and type(module) not in (nn.Linear, nn.LayerNorm, nn.Embedding):
+            raise ValueError(f"NTK: {name or 'the encoder'} ({type(module).__name__}) owns the parameter "
+                             f"{own[0]}; known are Linear, LayerNorm and Embedding")
+        if own and isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq):
+            raise ValueError(f"NTK: {name} rescales its rows or gradients (max_norm, scale_grad_by_freq)")
+        if own and isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+            raise ValueError(f"NTK: {name} normalises over more than the last dimension")
+        if own:
+            layers[name] = module
+    return layers
+
+
+def out_features(layer):
+    """The width of a layer's output."""
+    return layer.weight.shape[0] if isinstance(layer, nn.Linear) else layer.weight.shape[-1]
+
+
+def group_pieces(layers, batches, num_classes, budget, item_size):
+    """[[(layer, start, stop), ...], ...]: slices of output features whose a and g fit the budget."""
+    positions = sum(batch["input_ids"].numel() for batch in batches)
+    groups, free = [], 0
+    for name, layer in layers.items():
+        stop, out = 0, out_features(layer)
+        inputs = 2 if isinstance(layer, nn.Embedding) else layer.weight.shape[-1]  # ids are 64 bits
+        while stop < out:
+            start, fixed, each = stop, positions * inputs * item_size, positions * num_classes * item_size
+            if fixed + each * (out - start) > free:  # does not fit into what is left of this group
+                groups.append([])
+                free = budget
+            if fixed + each > free:
+                raise ValueError(f"NTK: a memory budget of {2 * budget / 2**20:,.0f} MB is too small for "
+                                 f"{name}; it needs {2 * (fixed + each) / 2**20 + 1:,.0f} MB, or fewer or "
+                                 "shorter samples")
+            stop = min(out, start + (free - fixed) // each)
+            free -= fixed + each * (stop - start)
+            groups[-1].append((layer, start, stop))
+    return groups
+
+
+@contextmanager
+def exact_and_frozen(model):
+    """Full float32 products and no weight gradients inside; yields {layer: {name: trained parameter}}."""
+    precision = torch.get_float32_matmul_precision()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    by_layer = {module: {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+                for module in model.encoder.modules()}
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    model.requires_grad_(False)
+    try:
+        yield by_layer
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def inputs_and_gradients(model, batches, group, num_classes):
+    """{layer: ([a of each batch], [g of each batch])}, a (n, T, in), g (n, C, T, stop - start).
+
+    T counts the positions, over all uses of the layer, at which some g is not zero: of the last
+    Transformer layer only the first token is alive, and padding never is.
+    """
+    stored = {layer: ([], []) for layer, _, _ in group}
+    for batch in batches:
+        n, calls = len(batch["input_ids"]), []
+
+        def record(layer, args, output):
+            if len(output) != n:
+                raise ValueError(f"NTK: {layer} sees a tensor of shape {tuple(output.shape)}, whose "
+                                 f"first dimension is not the {n} samples")
+            if not output.requires_grad:  # the first layer of the group: the graph starts here
+                output.requires_grad_()
+            calls.append((layer, args[0], output, args[0]._version, output._version))
+
+        hooks = [layer.register_forward_hook(record) for layer in stored]
+        try:
+            with torch.enable_grad():
+                logits = model(**batch)  # (n, C)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for layer, a, output, *versions in calls:
+            if [a._version, output._version] != versions:
+                raise ValueError(f"NTK: the input or output of {layer} was changed in place afterwards")
+        outputs = [output for _, _, output, _, _ in calls]
+        per_class = [torch.autograd.grad(logits[:, c].sum(), outputs, allow_unused=True,
+                                         retain_graph=c + 1 < num_classes) for c in range(num_classes)]
+        for layer, start, stop in group:
+            uses = [i for i, call in enumerate(calls) if call[0] is layer and per_class[0][i] is not None]
+            if uses:
+                ids = isinstance(layer, nn.Embedding)
+                a = torch.cat([by_position(calls[i][1].detach(), ids) for i in uses], 1)
+                g = torch.stack([torch.cat([by_position(grads[i])[..., start:stop] for i in uses], 1)
+                                 for grads in per_class], 1)  # (n, C, T, stop - start)
+                alive = g.ne(0).any(3).any(1).any(0)  # (T,)
+                alive[0] |= ~alive.any()  # at least one position, for the shapes
+                stored[layer][0].append(a if alive.all() else a[:, alive])
+                stored[layer][1].append(g if alive.all() else g[:, :, alive])
+    return stored
+
+
+def by_position(x, ids=False):
+    """(n, ..., width) to (n, T, width); token ids (n, ...) to (n, T)."""
+    return x.reshape(len(x), -1) if ids else x.reshape(len(x), -1, x.shape[-1])
+
+
+def add_layer(kernel, layer, trained, inputs, gradients, start, stop, budget):
+    """Add J J^T of the output features start to stop of one layer to the kernel, in place."""
+    if "bias" in trained:  # J = sum_t g
+        add_gram(kernel, torch.cat([g.sum(2) for g in gradients]).flatten(0, 1))  # (R C, slice)
+    if "weight" not in trained:
+        return
+    if isinstance(layer, nn.Embedding):
+        add_embedding(kernel, layer.padding_idx, inputs, gradients)
+    elif isinstance(layer, nn.LayerNorm):  # J = sum_t g * x_hat
+        normal = [F.layer_norm(a, layer.normalized_shape, eps=layer.eps)[..., start:stop] for a in inputs]
+        add_gram(kernel, torch.cat([torch.einsum("nctw,ntw->ncw", g, x)
+                                    for g, x in zip(gradients, normal)]).flatten(0, 1))
+    else:
+        add_linear(kernel, inputs, gradients, budget)
+
+
+def add_linear(kernel, inputs, gradients, budget):
+    """J = sum_t g_t a_t^T, (out, in) per sample and logit; formed in chunks of rows, or not at all."""
+    a, g = inputs[0], gradients[0]
+    (C, T, out), width = g.shape[1:], a.shape[2]
+    T = max(a.shape[1] for a in inputs)
+    if 2 * T * T * (width + C * C * (out + 64)) < C * C * out * width:
+        # few positions: J J^T = sum_ts <a_t, a'_s> <g_t, g'_s>; 64: one pass over the kernel
+        a = torch.cat([F.pad(a, (0, 0, 0, T - a.shape[1])) for a in inputs])  # (R, T, in)
+        g = torch.cat([F.pad(g, (0, 0, 0, T - g.shape[2])) for g in gradients]).flatten(0, 1)  # (R C, T, out)
+        columns = kernel.shape[1]
+        for t in range(T):
+            for s in range(T):
+                a_ts = a[:, t] @ a[:columns // C, s].T  # (R, N)
+                g_ts = g[:, t] @ g[:columns, s].T  # (R C, N C)
+                kernel += (g_ts * a_ts.repeat_interleave(C, 0).repeat_interleave(C, 1)).to(kernel.device)
+        return
+    R = sum(len(a) for a in inputs)
+    rows = max(1, min(out, MAX_COLUMNS[a.device.type == "cuda"] // width,
+                      budget // (2 * R * C * width * a.element_size())))
+    for o in range(0, out, rows):
+        chunk = [torch.bmm(g[..., o:o + rows].transpose(2, 3).flatten(1, 2), a)  # (n, C rows, in)
+                 for a, g in zip(inputs, gradients)]
+        add_gram(kernel, torch.cat(chunk).reshape(R * C, -1))
+
+
+def add_embedding(kernel, padding_idx, inputs, gradients):
+    """J has one row per token id: the sum of g where the id stands. One small product per id."""
+    C, width = gradients[0].shape[1], gradients[0].shape[3]
+    samples, ids, values, first = [], [], [], 0
+    for a, g in zip(inputs, gradients):
+        keep = g.ne(0).any(3).any(1)  # (n, T)
+        if padding_idx is not None:
+            keep &= a != padding_idx  # nn.Embedding gives this row no gradient
+        samples.append(keep.nonzero()[:, 0] + first)
+        ids.append(a[keep])
+        values.append(g.transpose(1, 2)[keep])  # (kept, C, width)
+        first += len(a)
+    key = torch.cat(ids) * first + torch.cat(samples)  # orders by id, then by sample
+    key, where = key.unique(return_inverse=True)  # one entry for a token that stands twice
+    J = torch.zeros(len(key), C, width, dtype=values[0].dtype, device=key.device)
+    J.index_add_(0, where, torch.cat(values))
+    counts = torch.unique_consecutive(key // first, return_counts=True)[1].tolist()
+    for J_id, sample in zip(J.split(counts), (key % first).split(counts)):
+        if len(J_id) == first:
+            add_gram(kernel, J_id.flatten(0, 1))
+            continue
+        row = (sample[:, None] * C + torch.arange(C, device=key.device)).flatten().to(kernel.device)
+        column = row[row < kernel.shape[1]]  # training samples come first
+        J_id = J_id.flatten(0, 1)
+        kernel[row[:, None], column] += (J_id @ J_id[:len(column)].T).to(kernel.device)
+
+
+def add_gram(kernel, J):
+    """kernel (R C, N C) += J J[:N C]^T; of the square part only blocks that touch the lower triangle."""
+    columns = kernel.shape[1]
+    block = max(64, columns // 8)
+    for start in range(0, len(J), block):
+        stop = min(start + block, len(J))
+        width = min(stop, columns)
+        kernel[start:stop, :width] += (J[start:stop] @ J[:width].T).to(kernel.device)
+
+
+def spot_check(model, batches, num_train, kernel):
+    """Compare entries of Theta (R, C, N, C) with autograd; RuntimeError where they differ."""
+    samples = [{name: t[i:i + 1] for name, t in batch.items()} for batch in batches
+               for i in range(len(batch["input_ids"]))]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    last = kernel.shape[1] - 1
+
+    def gradient(sample, c):  # of one logit: a tensor per trained parameter
+        with torch.enable_grad():
+            return torch.autograd.grad(model(**samples[sample])[0, c], trained, materialize_grads=True)
+
+    def product(a, b):  # sums of millions of float32 terms: in float64
+        return sum((x * y).sum(dtype=torch.double).item() for x, y in zip(a, b))
+
+    columns = {(m, c): gradient(m, c) for m, c in ((0, 0), (num_train - 1, last))}
+    for n in sorted({0, num_train - 1, len(samples) - 1}):
+        row = columns[0, 0] if n == 0 else gradient(n, 0)
+        for (m, c), column in columns.items():
+            expected, found = product(row, column), float(kernel[n, 0, m, c])
+            scale = (product(row, row) * product(column, column)) ** 0.5
+            if not abs(found - expected) <= scale * (1e-4 if row[0].dtype == torch.float32 else 1e-9):
+                raise RuntimeError(f"NTK: the spot check failed: Theta of sample {n}, logit 0 and sample "
+                                   f"{m}, logit {c} is {found:.8g}, autograd says {expected:.8g}. Does the "
+                                   "model use a parameter outside its own layer?")
+
+
+# ---------------------------------------------------------------------------- what the paper measures
+
+
+def initial_deltas(logits, labels):
+    """delta_i = onehot(y_i) - softmax(f_0(x_i)), (N, C): minus the gradient of the loss by the logits."""
+    return F.one_hot(labels, logits.shape[1]).double() - logits.double().softmax(1)
+
+
+def predicted_logit_change(ntk, deltas, lr, test=False):
+    """eq. (1): lr * sum_i (P + F)(x, x_i) delta_i, for training x (N, C), or with test=True (M, C).
+
+    The first-order effect of one gradient step of size lr on the summed loss; deltas (N, C).
+    """
+    theta = ntk.test_pretrain + ntk.test_ft if test else ntk.pretrain + ntk.ft
+    return lr * torch.einsum("mcnd,nd->mc", theta, deltas.double())
+
+
+def ft_ratio(ntk, deltas):
+    """Table 2: mean over training x of ||sum_i F(x, x_i) delta_i|| / ||sum_i (P + F)(x, x_i) delta_i||."""
+    from_ft = torch.einsum("mcnd,nd->mc", ntk.ft, deltas.double())  # (N, C)
+    return float((from_ft.norm(dim=1) / predicted_logit_change(ntk, deltas, 1.0).norm(dim=1)).mean())
+
+
+def kernel_statistics(kernel):
+    """Of a kernel (N, C, M, C) as an NC x MC matrix, in a dict:
+
+    rank             number of singular values above float32's rounding of the largest
+    frobenius        Frobenius norm
+    singular_values  divided by the largest, falling (Fig. 2, 7)
+    trace_norms      (N, M): sum of the singular values of each C x C block (Fig. 8, 9)
+    """
+    matrix = kernel.flatten(2).flatten(0, 1).double()  # (N C, M C)
+    values = torch.linalg.svdvals(matrix)
+    tolerance = max(matrix.shape) * torch.finfo(torch.float32).eps * values[0]
+    return {"rank": int((values > tolerance).sum()), "frobenius": float(matrix.norm()),
+            "singular_values": values / values[0].clamp(min=1e-300),
+            "trace_norms": torch.linalg.svdvals(kernel.transpose(1, 2).double()).sum(2)}
+
+
+def kernel_regression(train_kernel, train_labels, test_kernel, test_labels):
+    """Table 2's kernel regression: L2 logistic regression on kernel rows, one row per sample and logit.
+
+    Row (i, c) of the NC x NC matrix is the input, its target is whether c is the label of sample i.
+    Returns a dict: train_accuracy and test_accuracy of classes (the logit with the highest score),
+    train_logit_accuracy and test_logit_accuracy of the single decisions, and inverse_l2, chosen by
+    5-fold cross-validation in which a sample is never split. The kernel is divided by its mean
+    diagonal first, so that one grid of strengths serves P, F and Theta.
+    """
+    C = train_kernel.shape[1]
+    rows = train_kernel.flatten(2).flatten(0, 1)  # (N C, N C)
+    test_rows = test_kernel.flatten(2).flatten(0, 1)  # (M C, N C)
+    scale = rows.diagonal().mean()
+    targets = [F.one_hot(labels, C).flatten() for labels in (train_labels, test_labels)]
+    probe = fit_linear_probe(rows / scale, targets[0], 2,
+                             folds=stratified_folds(train_labels).repeat_interleave(C))
+    found = {"inverse_l2": probe.inverse_l2}
+    for name, x, labels, target in (("train", rows, train_labels, targets[0]),
+                                    ("test", test_rows, test_labels, targets[1])):
+        logits = x / scale @ probe.weight.T + probe.bias  # (N C, 2): no, yes
+        score = logits[:, 1] - logits[:, 0]
+        found[f"{name}_accuracy"] = float((score.view(-1, C).argmax(1) == labels).double().mean())
+        found[f"{name}_logit_accuracy"] = float(((score > 0) == (target == 1)).double().mean())
+    return found

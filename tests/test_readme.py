@@ -1,0 +1,29 @@
+"""The README tells the truth about files and flags."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"python train\.py ([^\n`]*)", README)
+
+
+def test_the_file_map_lists_every_file_with_its_length():
+    """To within ten lines."""
+    listed = {name: int(lines) for name, lines in re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.M)}
+    files = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]
+    actual = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files}
+    assert listed.keys() == actual.keys()
+    assert all(abs(listed[name] - lines) <= 10 for name, lines in actual.items()), actual
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_is_one_that_train_accepts(command):
+    words = [re.sub(r"^\$\w+$", "1", word) for word in shlex.split(command.split(";")[0])]
+    if "--help" not in words:
+        train.parse_args(words)
