@@ -81,8 +81,8 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     F is a sum over layers, F = sum_l J_l J_l^T, and J_l, (R C, parameters of l), needs only what the
     layer saw and what came back to it: its input a (n, T, in) at T positions and, for each of the
     C logits, the gradient g (n, C, T, out) of its output. So layers are taken in groups whose a and
-    g fit into half of `memory_budget` (bytes; the kernel and the activations of one batch come on
-    top), each group with one forward and C backward passes over all batches. A layer too large for
+    g fit into three quarters of `memory_budget` (bytes; the kernel and the activations of one batch
+    come on top), each group with one forward and C backward passes over all batches. A layer too large for
     that is taken in slices of its output features. Products are in the model's precision with at
     most MAX_COLUMNS terms, their sum is in float64: a float32 sum loses two digits.
 
@@ -94,8 +94,8 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     train, test = ([{name: t.to(device) for name, t in batch.items()} for batch in batches or ()]
                    for batches in (train_batches, test_batches))
     N, R = (sum(len(b["input_ids"]) for b in some) for some in (train, train + test))
-    store = memory_budget // 2  # the other half is for one chunk of J and what autograd returns
-    groups = group_pieces(layers, train + test, num_classes, store, model.head.weight.element_size())
+    item_size = model.head.weight.element_size()
+    groups = group_pieces(layers, train + test, num_classes, memory_budget, item_size)
     size = sum(p.numel() for layer in layers.values() for p in layer.parameters(recurse=False)
                if p.requires_grad)
     tqdm.write(f"NTK   N = {N} training and {R - N} test samples, C = {num_classes}, p = {size:,} in the "
@@ -104,19 +104,21 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     # MPS has no float64
     kernel = torch.zeros(R * num_classes, N * num_classes, dtype=torch.double,
                          device="cpu" if device.type == "mps" else device)
+    # Every chunk of J goes into the same memory: fresh memory for each costs more than its product.
+    workspace = model.head.weight.new_empty(max(
+        R * num_classes * max((p.shape[-1] for layer in layers.values() for p in layer.parameters()), default=1),
+        min(R * num_classes * MAX_COLUMNS[device.type == "cuda"],
+            memory_budget // 4 // item_size)))
     with exact_and_frozen(model) as trained, tqdm(total=size, desc="NTK", unit="parameter",
                                                   unit_scale=True, mininterval=1.0) as bar:
         for group in groups:
-            stored = inputs_and_gradients(model, train + test, group, num_classes)
+            features, stored = inputs_and_gradients(model, train + test, group, num_classes)  # (R, h)
             for layer, start, stop in group:
                 inputs, gradients = stored.pop(layer)
                 if inputs:
-                    add_layer(kernel, layer, trained[layer], inputs, gradients, start, stop,
-                              memory_budget // 4)
+                    add_layer(kernel, layer, trained[layer], inputs, gradients, start, stop, workspace)
                 bar.update(sum(p.numel() * (stop - start) // out_features(layer)
                                for p in trained[layer].values()))
-        with torch.no_grad():
-            features = torch.cat([model.features(**batch) for batch in train + test])  # (R, h)
     square = kernel[:len(kernel[0])].tril()  # only blocks that touch the lower triangle were filled
     kernel = torch.cat([square + square.tril(-1).T, kernel[len(square):]]).cpu()
     kernel_ft = kernel.unflatten(1, (N, num_classes)).unflatten(0, (R, num_classes))  # (R, C, N, C)
@@ -166,7 +168,7 @@ def out_features(layer):
 
 
 def group_pieces(layers, batches, num_classes, budget, item_size):
-    """[[(layer, start, stop), ...], ...]: slices of output features whose a and g fit the budget."""
+    """[[(layer, start, stop), ...], ...]: slices of output features, a and g within 3/4 of the budget."""
     positions = sum(batch["input_ids"].numel() for batch in batches)
     groups, free = [], 0
     for name, layer in layers.items():
@@ -176,15 +178,15 @@ def group_pieces(layers, batches, num_classes, budget, item_size):
             start, fixed, each = stop, positions * inputs * item_size, positions * num_classes * item_size
             if fixed + each * (out - start) > free:  # does not fit into what is left of this group
                 groups.append([])
-                free = budget
+                free = budget * 3 // 4
             if fixed + each > free:
-                raise ValueError(f"NTK: a memory budget of {2 * budget / 2**20:,.0f} MB is too small for "
-                                 f"{name}; it needs {2 * (fixed + each) / 2**20 + 1:,.0f} MB, or fewer or "
+                raise ValueError(f"NTK: a memory budget of {budget / 2**20:,.0f} MB is too small for "
+                                 f"{name}; it needs {(fixed + each) / 0.75 / 2**20 + 1:,.0f} MB, or fewer or "
                                  "shorter samples")
             stop = min(out, start + (free - fixed) // each)
             free -= fixed + each * (stop - start)
             groups[-1].append((layer, start, stop))
-    return groups
+    return groups or [[]]
 
 
 @contextmanager
@@ -205,12 +207,13 @@ def exact_and_frozen(model):
 
 
 def inputs_and_gradients(model, batches, group, num_classes):
-    """{layer: ([a of each batch], [g of each batch])}, a (n, T, in), g (n, C, T, stop - start).
+    """(features (R, h), {layer: ([a of each batch], [g of each batch])}) by one pass over all batches.
 
+    a (n, T, in); g (n, C, T, stop - start).
     T counts the positions, over all uses of the layer, at which some g is not zero: of the last
     Transformer layer only the first token is alive, and padding never is.
     """
-    stored = {layer: ([], []) for layer, _, _ in group}
+    stored, features = {layer: ([], []) for layer, _, _ in group}, []
     for batch in batches:
         n, calls = len(batch["input_ids"]), []
 
@@ -225,13 +228,17 @@ def inputs_and_gradients(model, batches, group, num_classes):
         hooks = [layer.register_forward_hook(record) for layer in stored]
         try:
             with torch.enable_grad():
-                logits = model(**batch)  # (n, C)
+                features.append(model.features(**batch))  # (n, h)
+                logits = model.head(features[-1])  # (n, C); no dropout, the model is in eval mode
         finally:
             for hook in hooks:
                 hook.remove()
         for layer, a, output, *versions in calls:
             if [a._version, output._version] != versions:
                 raise ValueError(f"NTK: the input or output of {layer} was changed in place afterwards")
+        features[-1] = features[-1].detach()
+        if not calls:  # nothing of this group was used
+            continue
         outputs = [output for _, _, output, _, _ in calls]
         per_class = [torch.autograd.grad(logits[:, c].sum(), outputs, allow_unused=True,
                                          retain_graph=c + 1 < num_classes) for c in range(num_classes)]
@@ -246,7 +253,7 @@ def inputs_and_gradients(model, batches, group, num_classes):
                 alive[0] |= ~alive.any()  # at least one position, for the shapes
                 stored[layer][0].append(a if alive.all() else a[:, alive])
                 stored[layer][1].append(g if alive.all() else g[:, :, alive])
-    return stored
+    return torch.cat(features), stored
 
 
 def by_position(x, ids=False):
@@ -254,7 +261,7 @@ def by_position(x, ids=False):
     return x.reshape(len(x), -1) if ids else x.reshape(len(x), -1, x.shape[-1])
 
 
-def add_layer(kernel, layer, trained, inputs, gradients, start, stop, budget):
+def add_layer(kernel, layer, trained, inputs, gradients, start, stop, workspace):
     """Add J J^T of the output features start to stop of one layer to the kernel, in place."""
     if "bias" in trained:  # J = sum_t g
         add_gram(kernel, torch.cat([g.sum(2) for g in gradients]).flatten(0, 1))  # (R C, slice)
@@ -267,10 +274,10 @@ def add_layer(kernel, layer, trained, inputs, gradients, start, stop, budget):
         add_gram(kernel, torch.cat([torch.einsum("nctw,ntw->ncw", g, x)
                                     for g, x in zip(gradients, normal)]).flatten(0, 1))
     else:
-        add_linear(kernel, inputs, gradients, budget)
+        add_linear(kernel, inputs, gradients, workspace)
 
 
-def add_linear(kernel, inputs, gradients, budget):
+def add_linear(kernel, inputs, gradients, workspace):
     """J = sum_t g_t a_t^T, (out, in) per sample and logit; formed in chunks of rows, or not at all."""
     a, g = inputs[0], gradients[0]
     (C, T, out), width = g.shape[1:], a.shape[2]
@@ -287,12 +294,15 @@ def add_linear(kernel, inputs, gradients, budget):
                 kernel += (g_ts * a_ts.repeat_interleave(C, 0).repeat_interleave(C, 1)).to(kernel.device)
         return
     R = sum(len(a) for a in inputs)
-    rows = max(1, min(out, MAX_COLUMNS[a.device.type == "cuda"] // width,
-                      budget // (2 * R * C * width * a.element_size())))
+    rows = min(out, MAX_COLUMNS[a.is_cuda] // width or 1, workspace.numel() // (R * C * width))
     for o in range(0, out, rows):
-        chunk = [torch.bmm(g[..., o:o + rows].transpose(2, 3).flatten(1, 2), a)  # (n, C rows, in)
-                 for a, g in zip(inputs, gradients)]
-        add_gram(kernel, torch.cat(chunk).reshape(R * C, -1))
+        size, first = min(rows, out - o), 0
+        J = workspace[:R * C * size * width].view(R, C * size, width)
+        for a, g in zip(inputs, gradients):
+            g_rows = g[..., o:o + size].transpose(2, 3).flatten(1, 2)  # (n, C size, T)
+            torch.bmm(g_rows, a, out=J[first:first + len(a)])
+            first += len(a)
+        add_gram(kernel, J.view(R * C, size * width))
 
 
 def add_embedding(kernel, padding_idx, inputs, gradients):
@@ -325,7 +335,7 @@ def add_embedding(kernel, padding_idx, inputs, gradients):
 def add_gram(kernel, J):
     """kernel (R C, N C) += J J[:N C]^T; of the square part only blocks that touch the lower triangle."""
     columns = kernel.shape[1]
-    block = max(64, columns // 8)
+    block = max(64, columns // 4)  # small blocks skip more of the upper triangle, large ones are faster
     for start in range(0, len(J), block):
         stop = min(start + block, len(J))
         width = min(stop, columns)
@@ -347,7 +357,7 @@ def spot_check(model, batches, num_train, kernel):
         return sum((x * y).sum(dtype=torch.double).item() for x, y in zip(a, b))
 
     columns = {(m, c): gradient(m, c) for m, c in ((0, 0), (num_train - 1, last))}
-    for n in sorted({0, num_train - 1, len(samples) - 1}):
+    for n in (0, len(samples) - 1):
         row = columns[0, 0] if n == 0 else gradient(n, 0)
         for (m, c), column in columns.items():
             expected, found = product(row, column), float(kernel[n, 0, m, c])
