@@ -82,9 +82,9 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     layer saw and what came back to it: its input a (n, T, in) at T positions and, for each of the
     C logits, the gradient g (n, C, T, out) of its output. So layers are taken in groups whose a and
     g fit into three quarters of `memory_budget` (bytes; the kernel and the activations of one batch
-    come on top), each group with one forward and C backward passes over all batches. A layer too large for
-    that is taken in slices of its output features. Products are in the model's precision with at
-    most MAX_COLUMNS terms, their sum is in float64: a float32 sum loses two digits.
+    come on top), each group with one forward and C backward passes over all batches. A layer too
+    large for that is taken in slices of its output features. Products are in the model's precision
+    with at most MAX_COLUMNS terms, their sum is in float64: a float32 sum loses two digits.
 
     Raises ValueError where the result would not be exact (see trainable_layers) or the budget is
     too small, RuntimeError if entries computed by autograd differ (see spot_check).
@@ -96,6 +96,7 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     N, R = (sum(len(b["input_ids"]) for b in some) for some in (train, train + test))
     item_size = model.head.weight.element_size()
     groups = group_pieces(layers, train + test, num_classes, memory_budget, item_size)
+    columns = chunk_columns(layers, R * num_classes * item_size, memory_budget, device)
     size = sum(p.numel() for layer in layers.values() for p in layer.parameters(recurse=False)
                if p.requires_grad)
     tqdm.write(f"NTK   N = {N} training and {R - N} test samples, C = {num_classes}, p = {size:,} in the "
@@ -105,10 +106,7 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     kernel = torch.zeros(R * num_classes, N * num_classes, dtype=torch.double,
                          device="cpu" if device.type == "mps" else device)
     # Every chunk of J goes into the same memory: fresh memory for each costs more than its product.
-    workspace = model.head.weight.new_empty(max(
-        R * num_classes * max((p.shape[-1] for layer in layers.values() for p in layer.parameters()), default=1),
-        min(R * num_classes * MAX_COLUMNS[device.type == "cuda"],
-            memory_budget // 4 // item_size)))
+    workspace = model.head.weight.new_empty(R * num_classes * columns)
     with exact_and_frozen(model) as trained, tqdm(total=size, desc="NTK", unit="parameter",
                                                   unit_scale=True, mininterval=1.0) as bar:
         for group in groups:
@@ -187,6 +185,19 @@ def group_pieces(layers, batches, num_classes, budget, item_size):
             free -= fixed + each * (stop - start)
             groups[-1].append((layer, start, stop))
     return groups or [[]]
+
+
+def chunk_columns(layers, row_size, budget, device):
+    """How many columns of J are formed at once: whole rows of a weight, within 1/4 of the budget."""
+    weights = [layer.weight for layer in layers.values() if isinstance(layer, nn.Linear)]
+    if not weights:
+        return 0
+    widest, largest = max(w.shape[1] for w in weights), max(w.numel() for w in weights)
+    columns = min(largest, max(widest, MAX_COLUMNS[device.type == "cuda"]), budget // 4 // row_size)
+    if columns < widest:
+        raise ValueError(f"NTK: a memory budget of {budget / 2**20:,.0f} MB is too small for one row of "
+                         f"J; it needs {4 * row_size * widest / 2**20 + 1:,.0f} MB, or fewer samples")
+    return columns
 
 
 @contextmanager
@@ -294,7 +305,7 @@ def add_linear(kernel, inputs, gradients, workspace):
                 kernel += (g_ts * a_ts.repeat_interleave(C, 0).repeat_interleave(C, 1)).to(kernel.device)
         return
     R = sum(len(a) for a in inputs)
-    rows = min(out, MAX_COLUMNS[a.is_cuda] // width or 1, workspace.numel() // (R * C * width))
+    rows = min(out, workspace.numel() // (R * C * width))
     for o in range(0, out, rows):
         size, first = min(rows, out - o), 0
         J = workspace[:R * C * size * width].view(R, C * size, width)
