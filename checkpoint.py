@@ -14,6 +14,9 @@ from tokenizers import Tokenizer
 
 def read_json(path):
     """The object in a JSON file, as a dict."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds config.json, tokenizer.json "
+                                "and model.safetensors or pytorch_model.bin")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8

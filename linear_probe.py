@@ -43,6 +43,8 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
 
     Raises ValueError for a class with fewer samples than folds, or features that are not finite.
     """
+    if scoring not in ("accuracy", "log-loss"):
+        raise ValueError(f"linear probing: scoring is {scoring!r}; expected accuracy or log-loss")
     x, labels = features.detach().cpu().double(), labels.cpu()  # (N, h), (N,)
     if not torch.isfinite(x).all():
         raise ValueError("linear probing: the features hold NaN or infinity")
@@ -118,7 +120,7 @@ def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance)
 
     z (N, k + 1), onehot (N, C), weights (N, K), penalty (k + 1,), start theta (K, C, k + 1). Each
     problem is convex: minimise inverse_l2 * sum_i weights_i loss_i + 1/2 sum penalty * theta^2
-    until its gradient norm is `tolerance` times that at theta = 0. RuntimeError if it is not.
+    until its gradient norm is `tolerance` times that at theta = 0. ArithmeticError if it is not.
     """
     strength = inverse_l2 * weights.unsqueeze(2)  # (N, K, 1)
     target = onehot.unsqueeze(1)  # (N, 1, C)
@@ -135,6 +137,8 @@ def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance)
         return probs, back(probs - target, z) + penalty * theta  # (K, C, k + 1)
 
     goal = tolerance * gradient(torch.zeros_like(theta))[1].norm(dim=(1, 2))  # (K,)
+    # where theta = 0 is the solution already, that is rounding alone: not below it
+    goal = goal.maximum(1e-14 * strength[:, :, 0].T @ z.norm(dim=1))
     value, z_squared = objective(theta), z.square()
     for _ in range(100):
         probs, grad = gradient(theta)
@@ -161,8 +165,8 @@ def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance)
                 break
             size = torch.where(too_far, size / 2, size)
         theta, value = candidate, new_value
-    raise RuntimeError(f"linear probing did not converge at inverse_l2 {inverse_l2:g}: gradient norm "
-                       f"{float(grad_norm.max()):.2e}, goal {float(goal.min()):.2e}")
+    raise ArithmeticError(f"linear probing did not converge at inverse_l2 {inverse_l2:g}: gradient norm "
+                          f"{float(grad_norm.max()):.2e}, goal {float(goal.min()):.2e}")
 
 
 def conjugate_gradients(matrix_times, right, diagonal, precision):

@@ -142,8 +142,9 @@ def fit_temperature(logits, labels):
     logits (N, C), labels (N,). Dividing by T is dividing V and b by T: no prediction changes. The
     search is over log T with a strong-Wolfe line search, and the result is checked: its slope
     d loss / d log T is below 1e-6, and its loss is not above that of T = 1. Where
-    every label has the largest logit, the loss falls all the way to T = 0 and has no minimum; the
-    search then ends at a small T at which the loss is flat. RuntimeError if it did not converge.
+    every label has the largest logit, the loss falls all the way to T = 0 and has no minimum, and where
+    the logits are worse than chance it falls all the way to T = infinity; the search then ends at a
+    T at which the loss is flat. ArithmeticError if it did not converge.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()  # (N, C), (N,)
     # Search from logits of unit spread: then every scale of logits is equally easy.
@@ -165,8 +166,8 @@ def fit_temperature(logits, labels):
     closure()
     temperature, slope = scale * math.exp(log_t.item()), log_t.grad.item()
     if not abs(slope) < 1e-6:
-        raise RuntimeError(f"temperature scaling did not converge: slope {slope:.1e} at T = "
-                           f"{temperature:.4g}")
+        raise ArithmeticError(f"temperature scaling did not converge: slope {slope:.1e} at T = "
+                              f"{temperature:.4g}")
     worse = F.cross_entropy(logits / temperature, labels) > F.cross_entropy(logits, labels)
     return 1.0 if worse else temperature
 

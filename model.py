@@ -11,6 +11,7 @@ Classifier, LoRALinear; the checkpoint functions at the end can wait.
 Shapes: N samples, L tokens, C classes, h hidden width, r LoRA rank.
 """
 
+import copy
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -199,7 +200,7 @@ class LoRALinear(nn.Module):
     """W = W_0 + (lora_alpha / r) B A, with W_0 frozen (Sec. 2 of the LoRA paper; here Prop. 4.4).
 
     lora_A is (r, in), drawn as nn.Linear draws its weights; lora_B is (out, r) and starts at zero,
-    so the layer starts as the identity change. train() and eval() never touch the weights.
+    so the layer starts as W_0. train() and eval() never touch the weights.
     """
 
     def __init__(self, linear, r, lora_alpha):
@@ -217,10 +218,11 @@ class LoRALinear(nn.Module):
         return self.linear(x) + self.scaling * self.lora_B(self.lora_A(x))
 
     def merged(self):
-        """A plain nn.Linear that holds W_0 + (lora_alpha / r) B A."""
+        """A new nn.Linear that holds W_0 + (lora_alpha / r) B A, frozen as W_0 is."""
+        linear = copy.deepcopy(self.linear)
         with torch.no_grad():
-            self.linear.weight += self.scaling * self.lora_B.weight @ self.lora_A.weight  # (out, in)
-        return self.linear
+            linear.weight += self.scaling * self.lora_B.weight @ self.lora_A.weight  # (out, in)
+        return linear
 
 
 def add_lora(encoder, r=8, lora_alpha=8):
@@ -236,7 +238,9 @@ def add_lora(encoder, r=8, lora_alpha=8):
 
 
 def merge_lora(encoder):
-    """Replace each LoRALinear by one nn.Linear with the same output, in place."""
+    """Replace each LoRALinear by one nn.Linear with the same output, in place; all stays frozen."""
+    if not has_lora(encoder):
+        raise ValueError("this encoder has no LoRA to merge; add_lora(encoder) first")
     for layer in encoder.layers:
         layer.attention.query = layer.attention.query.merged()
         layer.attention.value = layer.attention.value.merged()
@@ -345,8 +349,14 @@ def read_config(path):
             raise ValueError(f"{path}: {key} is {found!r}; supported: {', '.join(map(str, allowed))}")
     known = {field.name: raw[field.name] for field in fields(EncoderConfig) if field.name in raw}
     for name, value in known.items():
-        if name != "model_type" and (not isinstance(value, (int, float)) or value < 0):
-            raise ValueError(f"{path}: {name} is {value!r}; expected a number, 0 or more")
+        kind = EncoderConfig.__annotations__[name]
+        least = 0 if name in ("type_vocab_size", "pad_token_id") or kind is float else 1
+        if kind is not str and (type(value) not in (int, kind) or value < least):
+            raise ValueError(f"{path}: {name} is {value!r}; expected {kind.__name__}, {least} or more")
+        if name.endswith("_prob") and value >= 1:
+            raise ValueError(f"{path}: {name} is {value!r}; expected a probability below 1")
+    if known.get("pad_token_id", 0) >= known.get("vocab_size", 1):
+        raise ValueError(f"{path}: pad_token_id is {known['pad_token_id']}; expected below vocab_size")
     if raw["model_type"] == "roberta" and "pad_token_id" not in raw:
         known["pad_token_id"] = 1  # RoBERTa's default in transformers
     try:

@@ -87,7 +87,7 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     with at most MAX_COLUMNS terms, their sum is in float64: a float32 sum loses two digits.
 
     Raises ValueError where the result would not be exact (see trainable_layers) or the budget is
-    too small, RuntimeError if entries computed by autograd differ (see spot_check).
+    too small, ArithmeticError if entries computed by autograd differ (see spot_check).
     """
     layers = trainable_layers(model)
     device, num_classes = model.head.weight.device, model.head.out_features
@@ -101,7 +101,7 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
                if p.requires_grad)
     tqdm.write(f"NTK   N = {N} training and {R - N} test samples, C = {num_classes}, p = {size:,} in the "
                f"encoder; at most {memory_budget / 2**20:,.0f} MB beside the kernel of "
-               f"{8e-6 * R * N * num_classes**2:,.0f} MB; {len(groups)} passes", file=sys.stdout)
+               f"{8e-6 * R * N * num_classes**2:,.0f} MB; passes: {len(groups)}", file=sys.stdout)
     # MPS has no float64
     kernel = torch.zeros(R * num_classes, N * num_classes, dtype=torch.double,
                          device="cpu" if device.type == "mps" else device)
@@ -221,8 +221,9 @@ def inputs_and_gradients(model, batches, group, num_classes):
     """(features (R, h), {layer: ([a of each batch], [g of each batch])}) by one pass over all batches.
 
     a (n, T, in); g (n, C, T, stop - start).
-    T counts the positions, over all uses of the layer, at which some g is not zero: of the last
-    Transformer layer only the first token is alive, and padding never is.
+    T counts the positions, over all uses of the layer, at which some g of the batch is not zero. Not
+    those that are padding in every sample, and in the last Transformer layer only the first token,
+    except for key and value, which read every token.
     """
     stored, features = {layer: ([], []) for layer, _, _ in group}, []
     for batch in batches:
@@ -354,7 +355,7 @@ def add_gram(kernel, J):
 
 
 def spot_check(model, batches, num_train, kernel):
-    """Compare entries of Theta (R, C, N, C) with autograd; RuntimeError where they differ."""
+    """Compare entries of Theta (R, C, N, C) with autograd; ArithmeticError where they differ."""
     samples = [{name: t[i:i + 1] for name, t in batch.items()} for batch in batches
                for i in range(len(batch["input_ids"]))]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -362,7 +363,8 @@ def spot_check(model, batches, num_train, kernel):
 
     def gradient(sample, c):  # of one logit: a tensor per trained parameter
         with torch.enable_grad():
-            return torch.autograd.grad(model(**samples[sample])[0, c], trained, materialize_grads=True)
+            logit = model(**samples[sample])[0, c]
+        return [g.cpu() for g in torch.autograd.grad(logit, trained, materialize_grads=True)]
 
     def product(a, b):  # sums of millions of float32 terms: in float64
         return sum((x * y).sum(dtype=torch.double).item() for x, y in zip(a, b))
@@ -374,9 +376,9 @@ def spot_check(model, batches, num_train, kernel):
             expected, found = product(row, column), float(kernel[n, 0, m, c])
             scale = (product(row, row) * product(column, column)) ** 0.5
             if not abs(found - expected) <= scale * (1e-4 if row[0].dtype == torch.float32 else 1e-9):
-                raise RuntimeError(f"NTK: the spot check failed: Theta of sample {n}, logit 0 and sample "
-                                   f"{m}, logit {c} is {found:.8g}, autograd says {expected:.8g}. Does the "
-                                   "model use a parameter outside its own layer?")
+                raise ArithmeticError(f"NTK: the spot check failed: Theta of sample {n}, logit 0 and sample "
+                                      f"{m}, logit {c} is {found:.8g}, autograd says {expected:.8g}. Does "
+                                      "the model use a parameter outside its own layer?")
 
 
 # ---------------------------------------------------------------------------- what the paper measures

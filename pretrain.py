@@ -15,16 +15,19 @@ import hashlib
 import inspect
 import json
 import random
+import shutil
+import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import tokenizers
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as model_file
-from data import encode, evaluation_batches, tiny
+from data import Split, encode, evaluation_batches, tiny
 from lpft import accuracy, fit_linear_probe, predict
 from model import Classifier, Encoder, EncoderConfig, MaskedLanguageModel, save_pretrained
 
@@ -64,12 +67,13 @@ def tiny_encoder(settings=None, cache=CACHE):
     folder = Path(cache) / f"tiny-{cache_key(settings)}"
     if not (folder / "config.json").is_file():
         print(f"tiny encoder: not in the cache, pre-training it once, into {folder}")
+        folder.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
         encoder, tokenizer = pretrain(settings), tiny.make_tokenizer()
         check_polarity(encoder, tokenizer, settings)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
             save_pretrained(Path(unfinished) / "done", encoder, tokenizer)
-            if not folder.exists():  # else another process was faster, with the same encoder
+            if not (folder / "config.json").is_file():  # else another process was faster
+                shutil.rmtree(folder, ignore_errors=True)
                 (Path(unfinished) / "done").rename(folder)
     else:
         print(f"tiny encoder: cached in {folder}")
@@ -80,8 +84,8 @@ def cache_key(settings):
     """A hash of all that determines the encoder: settings, sizes, PyTorch, and the code that runs."""
     code = [inspect.getsource(thing) for thing in (
         tiny, model_file.SelfAttention, model_file.Layer, Encoder, MaskedLanguageModel,
-        model_file.init_weights, mask_words, pretrain)]
-    parts = [asdict(settings), asdict(tiny_config()), torch.__version__, code]
+        model_file.init_weights, encode, Split, evaluation_batches, mask_words, pretrain)]
+    parts = [asdict(settings), asdict(tiny_config()), torch.__version__, tokenizers.__version__, code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -161,4 +165,7 @@ def check_polarity(encoder, tokenizer, settings):
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    tiny_encoder()
+    try:
+        tiny_encoder()
+    except PolarityNotLearnt as error:
+        sys.exit(f"pretrain.py: error: {error}")

@@ -6,8 +6,8 @@
 One run, top to bottom: read the flags (parse_args), load the encoder and the task, linear probing,
 the FT stage (run), measure (evaluate), write and print. The method itself is in `lpft.py`.
 
-Exit status: 0 done, 2 bad input (one line says what), 1 the tiny encoder failed its gate,
-130 interrupted.
+Exit status: 0 done, 2 bad input (one line says what), 1 the tiny encoder failed its gate or a
+solver did not converge, 130 interrupted.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from tqdm import tqdm
 import ntk
 import pretrain
 from checkpoint import write_safetensors
-from data import load_task, tiny
+from data import load_task, readers, tiny
 from lpft import (accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
                   fit_temperature, predict, set_head)
 from model import Classifier, add_lora, count_parameters, load_pretrained
 
 # (batch size, learning rate) of the FT stage by (method, LoRA). For tiny and tiny-plain chosen on
-# validation accuracy (README); for a folder the most usual of the authors' settings.
+# validation accuracy (README); for a checkpoint folder the most usual of the authors' settings.
 RECIPES = {
     "tiny": {("ft", False): (8, 1.5e-3), ("lpft", False): (8, 1e-3),
              ("ft", True): (8, 5e-3), ("lpft", True): (8, 1e-2)},
@@ -72,7 +72,7 @@ def parse_args(argv=None):
     data.add_argument("--max-length", type=int, default=128, metavar="L",
                       help="cut texts to this many tokens (default: %(default)s)")
     data.add_argument("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
-    stage = parser.add_argument_group("FT stage (defaults depend on method and data, and are printed)")
+    stage = parser.add_argument_group("FT stage (defaults depend on method, model and data, and are printed)")
     stage.add_argument("--epochs", type=int, metavar="N",
                        help="the best by validation accuracy is kept (default: 10)")
     stage.add_argument("--batch-size", type=int, metavar="N", help="samples per step")
@@ -123,7 +123,9 @@ def check_flags(parser, args):
 
 def fill_defaults(args):
     if args.method != "lp":
-        recipe = RECIPES[args.data if args.data in RECIPES else "folder"]
+        # the learning rate belongs to the encoder first, to the task second
+        key = "folder" if args.model != "tiny" else args.data if args.data in tiny.TRAIN_SIZES else "tiny"
+        recipe = RECIPES[key]
         batch_size, lr = recipe[args.method, args.lora]
         args.epochs = args.epochs or 10
         args.batch_size = args.batch_size or batch_size
@@ -175,12 +177,19 @@ def run(args):
     device, why = choose_device(args.device)
     args.device = device.type
     make_run_folder(args)  # before minutes of work, so that an unusable --out costs none
-    encoder, tokenizer = load_pretrained(
-        pretrain.tiny_encoder() if args.model == "tiny" else args.model)
+    if args.model == "tiny":
+        if args.data not in tiny.TRAIN_SIZES:
+            readers.read_folder(Path(args.data))  # refuses bad files before minutes of pre-training
+        folder = pretrain.tiny_encoder()
+    else:
+        folder = args.model
+    encoder, tokenizer = load_pretrained(folder)
     if args.max_length > encoder.config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
                          f"{encoder.config.max_length} tokens at most")
     task = load_task(args.data, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed)
+    refuse_unknown_words(args, task, tokenizer)
+    ntk_samples = pick_ntk_samples(args, task) if args.ntk else None
     print_configuration(args, why, task)
 
     torch.manual_seed(args.seed)
@@ -198,8 +207,8 @@ def run(args):
             if args.lora:
                 add_lora(model.encoder, args.lora_r, args.lora_alpha)
             if args.ntk:
-                result["ntk"] = ntk_stage(args, model, task)
-            fine_tune_stage(args, model, task, log)
+                result["ntk"] = ntk_stage(args, model, task, ntk_samples)
+            result["kept_epoch"] = fine_tune_stage(args, model, task, log)
         else:
             model.encoder.requires_grad_(False)
     result |= evaluate(model, task, features_0)
@@ -210,6 +219,14 @@ def run(args):
     write_json(args.out / "result.json", result)
     print_table(args, result)
     return result
+
+
+def refuse_unknown_words(args, task, tokenizer):
+    """The tiny encoder knows the words of its own language: on other text it would see nothing."""
+    unknown = float((task.splits["train"].ids == tokenizer.token_to_id("[UNK]")).mean())
+    if args.model == "tiny" and unknown > 0.2:
+        raise ValueError(f"--data {args.data}: {100 * unknown:.0f} % of its tokens are words that --model "
+                         "tiny does not know; give --model a folder with a pre-trained checkpoint")
 
 
 def probe(args, model, task, features_0, log):
@@ -236,23 +253,31 @@ def probe(args, model, task, features_0, log):
     return record
 
 
-def ntk_stage(args, model, task):
-    """Table 2 at the start of the FT stage, printed; the kernels go to ntk.npz."""
-    print()
+def pick_ntk_samples(args, task):
+    """{split: indices} of the samples of --ntk, sorted by length: of train, and of test or else val."""
     generator, picked = torch.Generator().manual_seed(args.seed), {}
     for name in ("train", "test" if "test" in task.splits else "val"):
         split = task.splits[name]
         chosen = torch.randperm(len(split), generator=generator)[:args.ntk].numpy()
-        picked[name] = chosen[split.lengths[chosen].argsort(kind="stable")]  # alike lengths together
-    (train, test), batches = (task.splits[name] for name in picked), {
-        name: [task.splits[name].batch(indices[i:i + 16])[0] for i in range(0, len(indices), 16)]
-        for name, indices in picked.items()}
-    train_indices, test_indices = picked.values()
+        picked[name] = chosen[split.lengths[chosen].argsort(kind="stable")]
+    counts = task.splits["train"].labels[picked["train"]].bincount(minlength=len(task.labels))
+    if counts.min() < 5:
+        raise ValueError(f"--ntk {args.ntk}: the {counts.sum()} training samples drawn have {counts.min()} of "
+                         f"class {task.labels[counts.argmin()]}; kernel regression needs 5 of each class, so "
+                         "a larger N or more data")
+    return picked
+
+
+def ntk_stage(args, model, task, picked):
+    """Table 2 at the start of the FT stage, printed; the kernels go to ntk.npz."""
+    print()
+    (train, train_indices), (test, test_indices) = ((task.splits[n], i) for n, i in picked.items())
+    batches = [[split.batch(indices[i:i + 16])[0] for i in range(0, len(indices), 16)]
+               for split, indices in ((train, train_indices), (test, test_indices))]
     labels, test_labels = train.labels[train_indices], test.labels[test_indices]
-    ntk.stratified_folds(labels)  # refuses too few samples for kernel regression, before the work
-    found = ntk.empirical_ntk(model.eval(), *batches.values())
+    found = ntk.empirical_ntk(model.eval(), *batches)
     deltas = ntk.initial_deltas(predict(model, train)[1][train_indices], labels)
-    result = {"train_samples": len(labels), "test_samples": len(test_labels),
+    result = {"train_samples": len(labels), "test_samples": len(test_labels), "test_split": [*picked][1],
               "ft_ratio": ntk.ft_ratio(found, deltas)}
     print(f"\n{'kernel':8s}{'rank':>6s}{'Frobenius':>12s}{'train':>9s}{'test':>8s}"
           f"{'train/logit':>13s}{'test/logit':>12s}{'FT ratio':>10s}")
@@ -267,7 +292,8 @@ def ntk_stage(args, model, task):
         print(f"{name:8s}{row['rank']:6d}{row['frobenius']:12.1f}{row['train_accuracy']:9.3f}"
               f"{row['test_accuracy']:8.3f}{row['train_logit_accuracy']:13.3f}"
               f"{row['test_logit_accuracy']:12.3f}" + f"{result['ft_ratio']:10.3f}" * (name == "F"))
-    print("train, test: class accuracy of kernel regression; /logit: of its single yes-or-no decisions")
+    print(f"train, test: class accuracy of kernel regression, tested on {result['test_split']}; /logit: of its "
+          "single yes-or-no decisions")
     np.savez(args.out / "ntk.npz", pretrain=found.pretrain, ft=found.ft, labels=labels, deltas=deltas,
              test_pretrain=found.test_pretrain, test_ft=found.test_ft, test_labels=test_labels,
              train_indices=train_indices, test_indices=test_indices)
@@ -279,7 +305,8 @@ def fine_tune_stage(args, model, task, log):
     trainable, total = count_parameters(model)
     what = f"LoRA (r = {args.lora_r}) on query and value" if args.lora else "the whole encoder"
     print(f"\nFT    trains {what}, and the head: {trainable:,} of {total:,} parameters "
-          f"({100 * trainable / total:.1f} %)")
+          f"({100 * trainable / total:.1f} %)\n"
+          "FT    epoch 0 is the start, without dropout; then loss and train are means over the epoch, with it")
 
     def on_epoch(record):
         tqdm.write(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  "
@@ -287,8 +314,11 @@ def fine_tune_stage(args, model, task, log):
                    f"head norm {record['head_norm']:.3f}", file=sys.stdout)
         log_line(log, {"stage": "ft"} | record)
 
-    fine_tune(model, task.splits["train"], task.splits["val"], lr=args.lr, epochs=args.epochs,
-              batch_size=args.batch_size, seed=args.seed, on_epoch=on_epoch)
+    history = fine_tune(model, task.splits["train"], task.splits["val"], lr=args.lr, epochs=args.epochs,
+                        batch_size=args.batch_size, seed=args.seed, on_epoch=on_epoch)
+    kept = max(history[1:], key=lambda record: record["val_accuracy"])["epoch"]
+    print(f"FT    keeps epoch {kept}, the first after the start with the highest validation accuracy")
+    return kept
 
 
 def evaluate(model, task, features_0):
@@ -333,10 +363,13 @@ def print_table(args, result):
         calibration, features = result["calibration"][name], result["features"][name]
         print(f"{name[:11]:12s}{score:9.3f}" + "".join(
             f"{calibration[key]:8.3f}" for key in ("ece", "ece_scaled", "mce", "mce_scaled")) + "".join(
-            f"{features[key]:9.3f}" for key in ("cs", "diff", "fdr", "norm")))
+            f"{features[key]:9.3f}" if features[key] < 1e4 else f"{features[key]:9.1e}"
+            for key in ("cs", "diff", "fdr", "norm")))
+    if result["temperature"] > 1000:
+        print("T is so large because on validation the logits are worse than chance")
     if not result["accuracy"]:
         print("no test or ood_NAME file: only validation accuracy is known")
-    print(f"\nECE/T, MCE/T: after dividing logits by T = {result['temperature']:.3f}, fitted on "
+    print(f"\nECE/T, MCE/T: after dividing logits by T = {result['temperature']:.4g}, fitted on "
           f"validation. Features: against the pre-trained encoder.\n"
           f"Head norm {result['head_norm_initial']:.3f} -> {result['head_norm']:.3f}.  "
           f"Everything is in {args.out}.\n")
@@ -349,7 +382,12 @@ def print_table(args, result):
 
 
 def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    def plain(value):  # JSON has no NaN and no infinity: null
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    path.write_text(json.dumps(plain(content), indent=2) + "\n", encoding="utf-8")
 
 
 def log_line(log, record):
@@ -365,15 +403,26 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # bad input: these messages say what and where
         print(f"train.py: error: {error}", file=sys.stderr)
         status = 2
-    except pretrain.PolarityNotLearnt as error:
+    except (pretrain.PolarityNotLearnt, ArithmeticError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted", file=sys.stderr)
         status = 130
-    if args.out and args.out.is_dir() and not any(args.out.iterdir()):
-        args.out.rmdir()  # nothing was measured yet
+    remove_if_nothing_was_measured(args.out)
     return status
+
+
+def remove_if_nothing_was_measured(out):
+    """Leave no run folder behind that would only block the corrected command."""
+    if out is None or not out.is_dir():
+        return
+    log = out / "metrics.jsonl"
+    if {path.name for path in out.iterdir()} <= {"config.json", log.name} and not (
+            log.is_file() and log.stat().st_size):
+        for path in out.iterdir():
+            path.unlink()
+        out.rmdir()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import readers, tiny
+from data import readers
 
 
 @dataclass
@@ -106,6 +106,8 @@ def load_task(name_or_directory, tokenizer, max_length=128, *, max_train=None, s
     max_train keeps that many training samples, drawn with `seed`, in their original order.
     Raises ValueError or FileNotFoundError that names the file, the line and what was expected.
     """
+    from data import tiny  # here, so that `python -m data.tiny` does not import it twice
+
     if name_or_directory in tiny.TRAIN_SIZES:
         texts = {name: [(text, None, label) for text, label in samples]
                  for name, samples in tiny.load(name_or_directory).items()}

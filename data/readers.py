@@ -5,7 +5,7 @@ Your own folder holds `train`, and may hold `val`, `test` and any number of `ood
 Columns: `text`, or `text_a` and `text_b`; and `label`, integers or strings.
 
 A SuperGLUE folder (CB, RTE) holds train.jsonl and val.jsonl with `premise`, `hypothesis`, `label`;
-its val.jsonl is the test set, as in the paper, because the original test set has no labels.
+its val.jsonl is the test set, as in the paper, because the original test.jsonl has no labels.
 """
 
 import csv
@@ -20,13 +20,12 @@ def read_folder(folder):
         raise FileNotFoundError(f"{folder}: no such folder; --data takes tiny, tiny-plain or a folder "
                                 "with train.tsv, train.csv or train.jsonl")
     paths = find_files(folder)
+    if is_superglue(paths["train"]) and "val" in paths and not has_labels(paths.get("test")):
+        paths["test"] = paths.pop("val")
     rows = {split: list(read_rows(path)) for split, path in paths.items()}
-    if is_superglue(paths["train"]):
-        rows["test"] = rows.pop("val", [])
-        paths["test"] = paths.get("val")
     for split, found in rows.items():
         if not found:
-            raise ValueError(f"{paths[split] or folder / 'val.jsonl'}: no rows")
+            raise ValueError(f"{paths[split]}: no rows")
     names = sort_labels({label for *_, label in rows["train"]})
     if len(names) < 2:
         raise ValueError(f"{paths['train']}: the only label is {names[0]!r}; expected two or more")
@@ -54,7 +53,8 @@ def find_files(folder):
             continue
         split = path.stem.removeprefix("ood_")
         if split in paths or (ood and split in ("", "train", "val", "test")):
-            raise ValueError(f"{path}: a second file or a reserved name for the split {split!r}")
+            raise ValueError(f"{path}: a second file for the split {split!r}, or a name that ood_NAME may "
+                             "not take (train, val, test)")
         paths[split] = path
     if "train" not in paths:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
@@ -63,10 +63,15 @@ def find_files(folder):
 
 
 def is_superglue(path):
-    if path.suffix != ".jsonl":
-        return False
-    _, row = next(read_jsonl(path), (None, {}))
-    return {"premise", "hypothesis", "label"} <= set(row)
+    return path.suffix == ".jsonl" and {"premise", "hypothesis"} <= set(first_row(path))
+
+
+def has_labels(path):
+    return path is not None and (path.suffix != ".jsonl" or "label" in first_row(path))
+
+
+def first_row(path):
+    return next(read_jsonl(path), (None, {}))[1]
 
 
 def read_rows(path):
@@ -130,13 +135,14 @@ def read_table(path):
                 raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)}")
             yield where, dict(zip(header, cells))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+        raise ValueError(f"{path}, line {reader.line_num}: {error} (a cell may be quoted, \"...\", with "
+                         "quotes inside doubled)") from None
 
 
 def sort_labels(labels):
     """Class names in the order of their indices: by number where all are integers, else by text."""
     try:
-        return sorted(labels, key=int)
+        return sorted(labels, key=lambda label: (int(label), label))
     except ValueError:
         return sorted(labels)
 

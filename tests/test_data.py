@@ -122,6 +122,7 @@ def test_a_folder_of_your_own(tmp_path, tokenizer, suffix):
 
 def test_integer_labels_are_sorted_as_numbers():
     assert readers.sort_labels({"10", "9", "-1"}) == ["-1", "9", "10"]
+    assert readers.sort_labels({"1", "01", "0"}) == ["0", "01", "1"]  # the same in every run
 
 
 def test_pairs_byte_order_mark_quotes_and_windows_line_ends(tmp_path):
@@ -154,6 +155,19 @@ def test_cb_and_rte_in_their_original_layout(superglue, minilm):
     row = json.loads(lines[5])
     assert cb.labels[cb.splits["test"].labels[5]] == row["label"]
     assert cb.splits["test"][5]["input_ids"] == tokenizer.encode(row["premise"], row["hypothesis"]).ids
+
+
+def test_superglue_as_downloaded_has_a_test_file_without_labels(tmp_path):
+    """Then val.jsonl is the test set; a folder of the same columns with three labelled files keeps them."""
+    rows = [{"premise": f"p{i}", "hypothesis": "h", "label": i % 2, "idx": i} for i in range(20)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "val.jsonl", rows[:4])
+    write_rows(tmp_path / "test.jsonl", [{"premise": "p", "hypothesis": "h", "idx": 0}])
+    splits, _ = readers.read_folder(tmp_path)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 18, "val": 2, "test": 4}
+    write_rows(tmp_path / "test.jsonl", rows[:7])
+    splits, _ = readers.read_folder(tmp_path)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 20, "val": 4, "test": 7}
 
 
 BAD_FILES = [

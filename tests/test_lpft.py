@@ -92,6 +92,12 @@ def test_lp_refuses_what_it_cannot_fit():
         fit_linear_probe(x.fill_(math.nan), y, 2)
 
 
+def test_lp_on_features_that_say_nothing_is_a_head_of_zeros():
+    """Balanced classes, one and the same feature: V = 0 is the solution, up to rounding."""
+    probe = fit_linear_probe(torch.ones(60, 10), torch.arange(60) % 3, 3)
+    assert probe.weight.abs().max() < 1e-9 and probe.bias.abs().max() < 1e-9
+
+
 # ------------------------------------------------------------------------------------ FT
 
 

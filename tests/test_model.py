@@ -170,6 +170,15 @@ def test_lora_cannot_be_added_twice(encoder):
         add_lora(encoder)
 
 
+def test_merging_needs_lora_and_may_follow_training(encoder):
+    with pytest.raises(ValueError, match="no LoRA to merge"):
+        merge_lora(encoder)
+    add_lora(encoder)
+    randomize_lora(encoder)
+    layer = encoder.layers[0].attention.query
+    assert torch.equal(layer.merged().weight, layer.merged().weight)  # twice adds B A once
+
+
 # ------------------------------------------------------------------------------------ checkpoints
 
 
@@ -224,6 +233,10 @@ def test_a_tensor_missing_left_over_or_misshapen_is_named(random_folder, tmp_pat
     ('"position_embedding_type": "absolute"', '"position_embedding_type": "relative_key"'),
     ('"hidden_size": 64', '"hidden_size": "wide"'),
     ('"hidden_size": 64,', ''),
+    ('"hidden_size": 64', '"hidden_size": 64.0'),
+    ('"num_attention_heads": 4', '"num_attention_heads": 0'),
+    ('"pad_token_id": 0', '"pad_token_id": 9999'),
+    ('"hidden_dropout_prob": 0.1', '"hidden_dropout_prob": 1.5'),
     ('{', '['),
 ])
 def test_a_config_this_encoder_cannot_follow_is_refused(random_folder, tmp_path, change, message):

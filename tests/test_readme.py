@@ -22,6 +22,10 @@ def test_the_file_map_lists_every_file_with_its_length():
     assert all(abs(listed[name] - lines) <= 10 for name, lines in actual.items()), actual
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_is_one_that_train_accepts(command):
     words = [re.sub(r"^\$\w+$", "1", word) for word in shlex.split(command.split(";")[0])]

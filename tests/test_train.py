@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,39 @@ def test_a_folder_of_your_own_without_test_file(random_folder, tmp_path, capsys)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] == {}
 
 
+def test_the_kernel_is_printed_and_saved_before_the_ft_stage(random_folder, tmp_path, capsys):
+    """--ntk changes nothing but what is reported."""
+    results = {}
+    for run, more in (("with", ["--ntk", "30"]), ("without", [])):
+        arguments = command("lpft-lora", "--model", str(random_folder), *more)
+        assert train.main([*arguments, "--out", str(tmp_path / run)]) == 0
+        results[run] = json.loads((tmp_path / run / "result.json").read_text())
+        del results[run]["seconds"]
+    printed = capsys.readouterr().out
+    assert "NTK   N = 30 training and 30 test samples" in printed and "FT ratio" in printed
+    found = results["with"].pop("ntk")
+    assert results["with"] == results["without"]
+    assert 0 < found["ft_ratio"] and found["P"]["rank"] % 3 == 0  # P is one matrix times I_C
+    saved = np.load(tmp_path / "with" / "ntk.npz")
+    assert saved["ft"].shape == saved["test_pretrain"].shape == (30, 3, 30, 3)
+    assert np.linalg.norm(saved["ft"]) == pytest.approx(found["F"]["frobenius"])
+    assert len(found["F"]["singular_values"]) == 90
+
+
+def test_the_learning_rate_is_that_of_the_encoder(random_folder):
+    lr = {model: train.parse_args(["--method", "ft", "--model", model]).lr for model in ("tiny", "other")}
+    assert lr["tiny"] > 10 * lr["other"]
+    assert train.parse_args(["--method", "ft", "--data", "mine"]).lr == lr["tiny"]
+
+
+def test_text_that_the_tiny_encoder_cannot_read_is_refused(random_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.pretrain, "tiny_encoder", lambda: random_folder)
+    (tmp_path / "train.csv").write_text("text,label\n" + "quantum chromodynamics,a\nhadrons abound,b\n" * 20)
+    assert train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    assert "words that --model tiny does not know" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 REFUSED = [
     (["--method", "lp", "--lora"], "--lora"),
     (["--method", "lp", "--lr", "1e-3"], "--lr has no effect"),
@@ -97,7 +131,8 @@ REFUSED = [
     (["--epochs", "0"], "--epochs is 0"), (["--batch-size", "0"], "--batch-size is 0"),
     (["--lora", "--lora-r", "0"], "--lora-r is 0"), (["--max-length", "2"], "--max-length is 2"),
     (["--max-length", "4000"], "positions for 128"), (["--max-train", "0"], "--max-train is 0"),
-    (["--max-train", "6"], "training samples"),
+    (["--max-train", "6"], "training samples"), (["--ntk", "251"], "--ntk is 251"),
+    (["--method", "lp", "--ntk"], "--ntk has no effect"), (["--ntk", "9"], "kernel regression needs 5"),
     (["--seed", "-1"], "--seed is -1"), (["--method", "linear"], "--method"),
     (["--model", "nowhere"], "nowhere"), (["--data", "nowhere"], "nowhere"),
     (["--out", "."], "holds something"),
