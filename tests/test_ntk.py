@@ -430,9 +430,12 @@ def test_kernel_regression_reads_classes_from_a_kernel_that_knows_them():
 
     found = kernel_regression(kernel(y, y, 0.05), y, kernel(y_test, y, 0.05), y_test)
     assert found["train_accuracy"] == found["test_accuracy"] == 1
-    noise = kernel_regression(kernel(y, y, 30.0), y, kernel(y_test, y, 30.0), y_test)
+    of_noise = kernel(y, y, 30.0), kernel(y_test, y, 30.0)
+    noise = kernel_regression(of_noise[0], y, of_noise[1], y_test)
     assert noise["test_accuracy"] < 0.7
     assert noise["test_logit_accuracy"] > noise["test_accuracy"]  # "no" is right two times in three
+    scaled = kernel_regression(1024 * of_noise[0], y, 1024 * of_noise[1], y_test)
+    assert scaled == noise  # the unit of a kernel does not matter
 
 
 @pytest.mark.cuda
