@@ -261,7 +261,7 @@ def inputs_and_gradients(model, batches, group, num_classes):
                 a = torch.cat([by_position(calls[i][1].detach(), ids) for i in uses], 1)
                 g = torch.stack([torch.cat([by_position(grads[i])[..., start:stop] for i in uses], 1)
                                  for grads in per_class], 1)  # (n, C, T, stop - start)
-                alive = g.ne(0).any(3).any(1).any(0)  # (T,)
+                alive = g.abs().sum((0, 1, 3)) != 0  # (T,)
                 alive[0] |= ~alive.any()  # at least one position, for the shapes
                 stored[layer][0].append(a if alive.all() else a[:, alive])
                 stored[layer][1].append(g if alive.all() else g[:, :, alive])
@@ -322,7 +322,7 @@ def add_embedding(kernel, padding_idx, inputs, gradients):
     C, width = gradients[0].shape[1], gradients[0].shape[3]
     samples, ids, values, first = [], [], [], 0
     for a, g in zip(inputs, gradients):
-        keep = g.ne(0).any(3).any(1)  # (n, T)
+        keep = g.abs().sum((1, 3)) != 0  # (n, T)
         if padding_idx is not None:
             keep &= a != padding_idx  # nn.Embedding gives this row no gradient
         samples.append(keep.nonzero()[:, 0] + first)
@@ -335,8 +335,10 @@ def add_embedding(kernel, padding_idx, inputs, gradients):
     J.index_add_(0, where, torch.cat(values))
     counts = torch.unique_consecutive(key // first, return_counts=True)[1].tolist()
     for J_id, sample in zip(J.split(counts), (key % first).split(counts)):
-        if len(J_id) == first:
-            add_gram(kernel, J_id.flatten(0, 1))
+        if 2 * len(J_id) > first:  # most samples have it ([CLS], a position): then zeros are cheaper
+            everywhere = J.new_zeros(first, C, width)
+            everywhere[sample] = J_id
+            add_gram(kernel, everywhere.flatten(0, 1))
             continue
         row = (sample[:, None] * C + torch.arange(C, device=key.device)).flatten().to(kernel.device)
         column = row[row < kernel.shape[1]]  # training samples come first

@@ -189,7 +189,7 @@ def main():
     if args.only != "minilm":
         model = Classifier(Encoder(pretrain.tiny_config()), 3).eval()
         for N in (128, 250):
-            compare("tiny encoder", model, make_samples(N, 48, 280), args.repeats, 64, (8, 16, 32))
+            compare("tiny encoder", model, make_samples(N, 48, 280), args.repeats, 32, (8, 16, 32))
     if args.only != "tiny":
         model = Classifier(load_pretrained(MINILM)[0], 3).eval()
         compare("MiniLM-L6", model, make_samples(100, 64, 2000), args.repeats, 16, (2, 4),
