@@ -119,10 +119,10 @@ def train_epoch(model, train, batches, optimizer, schedule, bar):
     for indices in batches:
         batch, labels = train.batch(indices)
         batch, labels = to_device(batch, device), labels.to(device, non_blocking=True)
+        optimizer.zero_grad()  # before the forward pass, which can then reuse the gradients' memory
         with mixed_precision(device):
             logits = model(**batch)  # (N, C)
         loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), max_norm=1.0)
         optimizer.step()
