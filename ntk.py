@@ -107,6 +107,7 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
                          device="cpu" if device.type == "mps" else device)
     # Every chunk of J goes into the same memory: fresh memory for each costs more than its product.
     workspace = model.head.weight.new_empty(R * num_classes * columns)
+    gram = Gram(kernel, columns)
     with exact_and_frozen(model) as trained, tqdm(total=size, desc="NTK", unit="parameter",
                                                   unit_scale=True, mininterval=1.0) as bar:
         for group in groups:
@@ -114,9 +115,10 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
             for layer, start, stop in group:
                 inputs, gradients = stored.pop(layer)
                 if inputs:
-                    add_layer(kernel, layer, trained[layer], inputs, gradients, start, stop, workspace)
+                    add_layer(gram, layer, trained[layer], inputs, gradients, start, stop, workspace)
                 bar.update(sum(p.numel() * (stop - start) // out_features(layer)
                                for p in trained[layer].values()))
+    gram.add_waiting()
     square = kernel[:len(kernel[0])].tril()  # only blocks that touch the lower triangle were filled
     kernel = torch.cat([square + square.tril(-1).T, kernel[len(square):]]).cpu()
     kernel_ft = kernel.unflatten(1, (N, num_classes)).unflatten(0, (R, num_classes))  # (R, C, N, C)
@@ -258,10 +260,10 @@ def inputs_and_gradients(model, batches, group, num_classes):
             uses = [i for i, call in enumerate(calls) if call[0] is layer and per_class[0][i] is not None]
             if uses:
                 ids = isinstance(layer, nn.Embedding)
-                a = torch.cat([by_position(calls[i][1].detach(), ids) for i in uses], 1)
-                g = torch.stack([torch.cat([by_position(grads[i])[..., start:stop] for i in uses], 1)
+                a = join([by_position(calls[i][1].detach(), ids) for i in uses])
+                g = torch.stack([join([by_position(grads[i])[..., start:stop] for i in uses])
                                  for grads in per_class], 1)  # (n, C, T, stop - start)
-                alive = g.abs().sum((0, 1, 3)) != 0  # (T,)
+                alive = not_zero(g).flatten(0, 1).any(0)  # (T,)
                 alive[0] |= ~alive.any()  # at least one position, for the shapes
                 stored[layer][0].append(a if alive.all() else a[:, alive])
                 stored[layer][1].append(g if alive.all() else g[:, :, alive])
@@ -273,23 +275,63 @@ def by_position(x, ids=False):
     return x.reshape(len(x), -1) if ids else x.reshape(len(x), -1, x.shape[-1])
 
 
-def add_layer(kernel, layer, trained, inputs, gradients, start, stop, workspace):
-    """Add J J^T of the output features start to stop of one layer to the kernel, in place."""
+def join(tensors):
+    """Concatenated along the positions; torch.cat would copy a single one too."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+
+
+def not_zero(g):
+    """(n, C, T): whether the gradient g (n, C, T, out) has any entry that is not zero."""
+    return (g.amax(3) != 0) | (g.amin(3) != 0)  # ten times the speed of g.abs().sum(3)
+
+
+class Gram:
+    """K = sum over columns of J J^T, in place and in float64: (R C, N C), the lower triangle of its square.
+
+    Parts of J narrower than `width` columns wait until they fill a product together.
+    """
+
+    def __init__(self, kernel, width):
+        self.kernel, self.width, self.waiting = kernel, width, []
+
+    def add(self, J):
+        """K += J J[:N C]^T, J (R C, columns)."""
+        if J.shape[1] >= self.width // 4:
+            self.add_wide(J)
+            return
+        self.waiting.append(J)
+        if sum(J.shape[1] for J in self.waiting) >= self.width:
+            self.add_waiting()
+
+    def add_waiting(self):
+        if self.waiting:
+            self.add_wide(torch.cat(self.waiting, 1))
+            self.waiting = []
+
+    def add_wide(self, J):
+        columns = self.kernel.shape[1]
+        for start in range(0, columns, 128):  # whole tiles of a matrix product; 75 would take longer
+            stop = min(start + 128, columns)
+            self.kernel[start:, start:stop] += (J[start:] @ J[start:stop].T).to(self.kernel.device)
+
+
+def add_layer(gram, layer, trained, inputs, gradients, start, stop, workspace):
+    """Add J J^T of the output features start to stop of one layer."""
     if "bias" in trained:  # J = sum_t g
-        add_gram(kernel, torch.cat([g.sum(2) for g in gradients]).flatten(0, 1))  # (R C, slice)
+        gram.add(torch.cat([g.sum(2) for g in gradients]).flatten(0, 1))  # (R C, slice)
     if "weight" not in trained:
         return
     if isinstance(layer, nn.Embedding):
-        add_embedding(kernel, layer.padding_idx, inputs, gradients)
+        add_embedding(gram, layer.padding_idx, inputs, gradients)
     elif isinstance(layer, nn.LayerNorm):  # J = sum_t g * x_hat
         normal = [F.layer_norm(a, layer.normalized_shape, eps=layer.eps)[..., start:stop] for a in inputs]
-        add_gram(kernel, torch.cat([torch.einsum("nctw,ntw->ncw", g, x)
-                                    for g, x in zip(gradients, normal)]).flatten(0, 1))
+        gram.add(torch.cat([torch.einsum("nctw,ntw->ncw", g, x)
+                            for g, x in zip(gradients, normal)]).flatten(0, 1))
     else:
-        add_linear(kernel, inputs, gradients, workspace)
+        add_linear(gram, inputs, gradients, workspace)
 
 
-def add_linear(kernel, inputs, gradients, workspace):
+def add_linear(gram, inputs, gradients, workspace):
     """J = sum_t g_t a_t^T, (out, in) per sample and logit; formed in chunks of rows, or not at all."""
     a, g = inputs[0], gradients[0]
     (C, T, out), width = g.shape[1:], a.shape[2]
@@ -298,7 +340,7 @@ def add_linear(kernel, inputs, gradients, workspace):
         # few positions: J J^T = sum_ts <a_t, a'_s> <g_t, g'_s>; 64: one pass over the kernel
         a = torch.cat([F.pad(a, (0, 0, 0, T - a.shape[1])) for a in inputs])  # (R, T, in)
         g = torch.cat([F.pad(g, (0, 0, 0, T - g.shape[2])) for g in gradients]).flatten(0, 1)  # (R C, T, out)
-        columns = kernel.shape[1]
+        kernel, columns = gram.kernel, gram.kernel.shape[1]
         for t in range(T):
             for s in range(T):
                 a_ts = a[:, t] @ a[:columns // C, s].T  # (R, N)
@@ -314,15 +356,15 @@ def add_linear(kernel, inputs, gradients, workspace):
             g_rows = g[..., o:o + size].transpose(2, 3).flatten(1, 2)  # (n, C size, T)
             torch.bmm(g_rows, a, out=J[first:first + len(a)])
             first += len(a)
-        add_gram(kernel, J.view(R * C, size * width))
+        gram.add_wide(J.view(R * C, size * width))  # at once: the next chunk takes the same memory
 
 
-def add_embedding(kernel, padding_idx, inputs, gradients):
+def add_embedding(gram, padding_idx, inputs, gradients):
     """J has one row per token id: the sum of g where the id stands. One small product per id."""
-    C, width = gradients[0].shape[1], gradients[0].shape[3]
+    kernel, C, width = gram.kernel, gradients[0].shape[1], gradients[0].shape[3]
     samples, ids, values, first = [], [], [], 0
     for a, g in zip(inputs, gradients):
-        keep = g.abs().sum((1, 3)) != 0  # (n, T)
+        keep = not_zero(g).any(1)  # (n, T)
         if padding_idx is not None:
             keep &= a != padding_idx  # nn.Embedding gives this row no gradient
         samples.append(keep.nonzero()[:, 0] + first)
@@ -338,22 +380,12 @@ def add_embedding(kernel, padding_idx, inputs, gradients):
         if 2 * len(J_id) > first:  # most samples have it ([CLS], a position): then zeros are cheaper
             everywhere = J.new_zeros(first, C, width)
             everywhere[sample] = J_id
-            add_gram(kernel, everywhere.flatten(0, 1))
+            gram.add(everywhere.flatten(0, 1))
             continue
         row = (sample[:, None] * C + torch.arange(C, device=key.device)).flatten().to(kernel.device)
         column = row[row < kernel.shape[1]]  # training samples come first
         J_id = J_id.flatten(0, 1)
         kernel[row[:, None], column] += (J_id @ J_id[:len(column)].T).to(kernel.device)
-
-
-def add_gram(kernel, J):
-    """kernel (R C, N C) += J J[:N C]^T; of the square part only blocks that touch the lower triangle."""
-    columns = kernel.shape[1]
-    block = max(64, columns // 4)  # small blocks skip more of the upper triangle, large ones are faster
-    for start in range(0, len(J), block):
-        stop = min(start + block, len(J))
-        width = min(stop, columns)
-        kernel[start:stop, :width] += (J[start:stop] @ J[:width].T).to(kernel.device)
 
 
 def spot_check(model, batches, num_train, kernel):
