@@ -67,17 +67,25 @@ def test_the_engine_computes_the_definition(model, lora, dtype, tolerance, budge
         assert relative_error(getattr(found, part), getattr(expected, part)) < tolerance, part
 
 
-def test_the_engine_computes_the_definition_for_a_real_encoder(minilm):
-    """MiniLM-L6, 22.6 M parameters, float32 against float64."""
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_engine_computes_the_definition_for_a_real_encoder(minilm, lora):
+    """MiniLM-L6, 22.6 M parameters, with padding; one batch or many, one pass or many."""
     encoder, tokenizer = load_pretrained(minilm)
-    model = Classifier(encoder, 3).eval()
-    split = encode(tokenizer, [("A fine film.", None, 0), ("The room was cold and small.", None, 0)], 16)
-    batches = [split.batch([0, 1])[0]]
-    found = empirical_ntk(model, batches)
-    expected = ntk_by_jacobian(model.double(), batches)
-    assert relative_error(found.ft, expected.ft) < 1e-6
-    assert relative_error(found.pretrain, expected.pretrain) < 1e-6
-    assert found.test_ft is None and found.test_pretrain is None
+    torch.manual_seed(0)
+    model = Classifier(encoder, 3).double().eval()
+    if lora:
+        add_lora(model.encoder)
+        randomise_lora(model)
+    split = encode(tokenizer, [("A fine film.", None, 0), ("The room was cold.", "It was small.", 0),
+                               ("Soup", None, 0)], 16)
+    together = [split.batch([0, 1])[0], split.batch([2])[0]]
+    apart = [split.batch([i])[0] for i in range(3)]
+    expected = ntk_by_jacobian(model, together[:1], together[1:])
+    for dtype, tolerance in (torch.float64, 1e-12), (torch.float32, 1e-6):
+        for batches, budget in (together, 2**31), (apart, 2**23):
+            found = empirical_ntk(model.to(dtype), batches[:-1], batches[-1:], budget)
+            for part in PARTS:
+                assert relative_error(getattr(found, part), getattr(expected, part)) < tolerance, part
 
 
 def test_the_kernel_does_not_depend_on_batches_and_padding(model):
