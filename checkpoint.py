@@ -7,9 +7,64 @@ never code. Every function raises ValueError (or FileNotFoundError) with the fil
 
 import json
 import math
+import re
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+
+INDEX = "model.safetensors.index.json"  # of a sharded checkpoint: which tensor is in which file
+
+
+def find_checkpoint(name):
+    """The folder of a checkpoint: a folder here, or else files of that name from the Hugging Face hub.
+
+    In a sentence-transformers folder it is that of its first module. Files of the hub go through
+    huggingface_hub and its cache; HF_HUB_OFFLINE=1 uses the cache alone.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        modules = folder / "modules.json"
+        if modules.is_file() and not (folder / "config.json").is_file():
+            try:
+                folder = folder / json.loads(modules.read_text(encoding="utf-8"))[0]["path"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{modules}: not a list of modules with paths ({error})") from None
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
+        raise FileNotFoundError(f"{name}: no such folder; --model takes one with a checkpoint, or a hub name")
+    return download_checkpoint(str(name))
+
+
+def download_checkpoint(name):
+    """The cache folder with the files of `name` from the hub; one sentence where that fails."""
+    # here, as a local run needs none of it
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetch(*alternatives):
+        for file in alternatives:
+            try:
+                return Path(hf_hub_download(name, file))
+            except LocalEntryNotFoundError:
+                raise  # not reachable and not in the cache, so not known to be absent
+            except EntryNotFoundError:
+                continue
+        raise FileNotFoundError(f"--model {name}: on the hub it has no {' and no '.join(alternatives)}")
+
+    try:
+        fetch("config.json")
+        fetch("tokenizer.json")
+        weights = fetch("model.safetensors", INDEX, "pytorch_model.bin")
+        for shard in read_index(weights) if weights.name == INDEX else ():
+            fetch(shard)
+    except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and httpx's are among these
+        if str(error).startswith("--model"):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(f"--model {name}: no such folder, and the hub does not give it ({reason}); "
+                                "give --model the path of a local folder with the checkpoint") from None
+    return weights.parent
 
 
 def read_json(path):
@@ -43,13 +98,21 @@ def read_tokenizer(path, vocab_size):
 
 
 def read_weights(directory):
-    """({name: tensor}, path) from model.safetensors, or else from pytorch_model.bin."""
+    """({name: tensor}, path) from model.safetensors, from its shards, or else from pytorch_model.bin."""
     path = directory / "model.safetensors"
     if path.is_file():
         return read_safetensors(path), path
+    path = directory / INDEX
+    if path.is_file():
+        weights = {}
+        for shard in read_index(path):
+            if not (directory / shard).is_file():
+                raise FileNotFoundError(f"{path}: names {shard}, which is not in the folder")
+            weights |= read_safetensors(directory / shard)
+        return weights, path
     path = directory / "pytorch_model.bin"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no model.safetensors and no pytorch_model.bin")
+        raise FileNotFoundError(f"{directory}: no model.safetensors, no {INDEX} and no pytorch_model.bin")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)  # tensors, never code
     except Exception as error:  # torch raises many types for a damaged or an unsafe file
@@ -58,6 +121,15 @@ def read_weights(directory):
     if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(weights).__name__}")
     return weights, path
+
+
+def read_index(path):
+    """Names of the files that a sharded checkpoint consists of."""
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(file, str) and Path(file).name == file
+                                               for file in shards.values()):
+        raise ValueError(f"{path}: weight_map is no object of tensor names and file names")
+    return sorted(set(shards.values()))
 
 
 SAFETENSORS_DTYPES = {

@@ -67,15 +67,32 @@ def accuracy(logits, labels):
     return float((logits.argmax(1) == labels).double().mean())
 
 
-def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=None):
+def matthews(logits, labels):
+    """Matthews correlation of predictions with labels, for any number of classes; 0 for a constant one.
+
+    The correlation of the two indicator matrices: cov(x, y) / sqrt(cov(x, x) cov(y, y)), where cov sums over
+    classes. 1 is perfect, 0 is chance, whatever the shares of the classes (CoLA's metric).
+    """
+    C = logits.shape[1]
+    x, y = (F.one_hot(i, C).double() for i in (logits.argmax(1), labels))  # (N, C)
+    x, y = x - x.mean(0), y - y.mean(0)
+    spread = float((x.square().sum() * y.square().sum()).sqrt())
+    return float((x * y).sum()) / spread if spread else 0.0
+
+
+METRICS = {"accuracy": accuracy, "matthews": matthews}
+
+
+def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=None, metric="accuracy"):
     """The FT stage (paper Sec. 5): train what requires a gradient, keep the best validation epoch.
 
     Adam, learning rate falling linearly to 0 without warm-up, gradient norm clipped at 1, dropout
     as the encoder's configuration has it. `train` and `val` are Splits. After each epoch `on_epoch`
-    is called with a dict {epoch, loss, train_accuracy, val_accuracy, head_norm, lr}; epoch 0 is the
-    start. Returns the list of these dicts; the model is left in eval mode with the weights of the
-    first epoch (1 or later) of the highest validation accuracy. Training loss and accuracy are
-    running means over the epoch, with dropout on. Raises ValueError if the loss is not finite.
+    is called with a dict {epoch, loss, train_accuracy, val_accuracy, head_norm, lr}, and val_matthews
+    if that is the `metric`; epoch 0 is the start. Returns the list of these dicts; the model is left
+    in eval mode with the weights of the first epoch (1 or later) of the highest val_METRIC. Training
+    loss and accuracy are running means over the epoch, with dropout on. Raises ValueError if the
+    loss is not finite.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # weight decay 0 makes AdamW plain Adam
@@ -83,7 +100,7 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=
                                   fused=device_of(model).type in ("cuda", "cpu"))
     steps = epochs * math.ceil(len(train) / batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    history, best_score, best_weights = [], -1.0, None
+    history, best_score, best_weights = [], -math.inf, None
     with tqdm(total=steps, desc="fine-tuning", unit="step", mininterval=1.0) as bar:
         for epoch in range(epochs + 1):
             if epoch == 0:  # the start, measured without dropout
@@ -97,14 +114,16 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=
                 if not math.isfinite(loss):
                     raise ValueError(f"the training loss became {loss} in epoch {epoch} at --lr "
                                      f"{lr:g}; try a smaller one")
-            val_accuracy = accuracy(predict(model, val)[1], val.labels)
-            history.append({"epoch": epoch, "loss": loss, "train_accuracy": train_accuracy,
-                            "val_accuracy": val_accuracy, "lr": schedule.get_last_lr()[0],
-                            "head_norm": float(model.head.weight.detach().norm())})
+            _, logits = predict(model, val)
+            record = {"epoch": epoch, "loss": loss, "train_accuracy": train_accuracy,
+                      "val_accuracy": accuracy(logits, val.labels),
+                      f"val_{metric}": METRICS[metric](logits, val.labels),
+                      "lr": schedule.get_last_lr()[0], "head_norm": float(model.head.weight.detach().norm())}
+            history.append(record)
             if on_epoch:
-                on_epoch(history[-1])
-            if epoch and val_accuracy > best_score:
-                best_score = val_accuracy
+                on_epoch(record)
+            if epoch and record[f"val_{metric}"] > best_score:
+                best_score = record[f"val_{metric}"]
                 best_weights = {name: p.detach().clone() for name, p in trained.items()}
     model.load_state_dict(best_weights, strict=False)  # what is not trained has not moved
     model.eval()

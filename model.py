@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import read_json, read_tokenizer, read_weights, write_safetensors
+from checkpoint import find_checkpoint, read_json, read_tokenizer, read_weights, write_safetensors
 
 
 @dataclass
@@ -289,14 +289,15 @@ def huggingface_names(encoder):
             for kind in ("weight", "bias") if f"{ours}.{kind}" in encoder.state_dict()}
 
 
-def load_pretrained(directory):
-    """Read a BERT or RoBERTa checkpoint folder as (Encoder, tokenizers.Tokenizer).
+def load_pretrained(name):
+    """Read a BERT or RoBERTa checkpoint, a folder or a hub name, as (Encoder, tokenizers.Tokenizer).
 
-    Needs config.json, tokenizer.json, and model.safetensors or pytorch_model.bin. Raises
+    Needs config.json, tokenizer.json, and model.safetensors (whole or in shards) or
+    pytorch_model.bin; saved as a bare encoder, with an MLM head or by sentence-transformers. Raises
     FileNotFoundError for a missing file, ValueError for an architecture that is not supported and
     for a tensor that is missing, left over or of the wrong shape.
     """
-    directory = Path(directory)
+    directory = find_checkpoint(name)
     config = read_config(directory / "config.json")
     weights, path = read_weights(directory)
     encoder = Encoder(config)
@@ -323,8 +324,8 @@ def load_pretrained(directory):
     return encoder, read_tokenizer(directory / "tokenizer.json", config.vocab_size)
 
 
-def save_pretrained(directory, encoder, tokenizer):
-    """Write `encoder` (without LoRA) and `tokenizer` as a folder that load_pretrained reads."""
+def save_pretrained(directory, encoder, tokenizer, labels=None):
+    """Write `encoder` (without LoRA) and `tokenizer` as a folder that load_pretrained and AutoModel read."""
     if has_lora(encoder):
         raise ValueError("this encoder has LoRA; merge_lora(encoder) first")
     directory = Path(directory)
@@ -333,7 +334,10 @@ def save_pretrained(directory, encoder, tokenizer):
     names = huggingface_names(encoder)
     write_safetensors(directory / "model.safetensors", {n: state[ours] for n, ours in names.items()})
     config = asdict(encoder.config) | {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+    if labels:
+        config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.no_truncation()  # else the length of this run would be every later reader's
     tokenizer.save(str(directory / "tokenizer.json"))
 
 

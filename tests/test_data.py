@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from data import encode, evaluation_batches, load_task, readers, tiny, training_batches
+from data import encode, evaluation_batches, load_task, read_task, readers, tiny, training_batches
 from model import load_pretrained
 
 
@@ -163,11 +163,11 @@ def test_superglue_as_downloaded_has_a_test_file_without_labels(tmp_path):
     write_rows(tmp_path / "train.jsonl", rows)
     write_rows(tmp_path / "val.jsonl", rows[:4])
     write_rows(tmp_path / "test.jsonl", [{"premise": "p", "hypothesis": "h", "idx": 0}])
-    splits, _ = readers.read_folder(tmp_path)
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 18, "val": 2, "test": 4}
+    indices = read_task(tmp_path).indices
+    assert {name: len(rows) for name, rows in indices.items()} == {"train": 18, "val": 2, "test": 4}
     write_rows(tmp_path / "test.jsonl", rows[:7])
-    splits, _ = readers.read_folder(tmp_path)
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 20, "val": 4, "test": 7}
+    indices = read_task(tmp_path).indices
+    assert {name: len(rows) for name, rows in indices.items()} == {"train": 20, "val": 4, "test": 7}
 
 
 BAD_FILES = [
@@ -178,9 +178,9 @@ BAD_FILES = [
     ("train.csv", b'text,label\nfine,0\n"good,1\n', "line 3: unexpected end"),
     ("train.csv", b"sentence,label\nfine,0\n", "columns sentence, label"),
     ("train.csv", b"text,class\nfine,0\n", "no label"),
-    ("train.csv", b"", "no rows"),
-    ("train.csv", b"text,label\nfine,0\ngood,0\n", "only label is '0'"),
-    ("train.csv", b"text,label\nfine,0\ngood,1\n", "too few"),
+    ("train.csv", b"", "line 1: no rows"),
+    ("train.csv", b"text,label\nfine,0\ngood,0\n", "line 3: .* only label is '0'"),
+    ("train.csv", b"text,label\nfine,0\ngood,1\n", "line 2: .* too short"),
     ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": \n', "line 2: not JSON"),
     ("train.jsonl", b'["a", 0]\n', "line 1: expected a JSON object"),
     ("train.jsonl", b'{"text": 5, "label": 0}\n', "line 1: text is 5"),
@@ -193,7 +193,7 @@ BAD_FILES = [
 def test_a_broken_file_is_refused_with_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
-        readers.read_folder(tmp_path)
+        read_task(tmp_path)
     assert name in str(caught.value)
 
 
@@ -201,14 +201,14 @@ def test_a_label_that_training_does_not_know_is_refused(tmp_path):
     write_rows(tmp_path / "train.tsv", ROWS)
     write_rows(tmp_path / "test.tsv", [{"text": "x", "label": "mixed"}])
     with pytest.raises(ValueError, match=r"test.tsv, line 2: label 'mixed'.*neg, pos"):
-        readers.read_folder(tmp_path)
+        read_task(tmp_path)
 
 
 def test_a_folder_without_training_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        readers.read_folder(tmp_path / "nothing")
+        read_task(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="no train.tsv"):
-        readers.read_folder(tmp_path)
+        read_task(tmp_path)
 
 
 def test_a_class_that_max_train_leaves_out_is_an_error(tmp_path, tokenizer):

@@ -1,0 +1,157 @@
+"""The paper's data sets by name, read from their original files.
+
+Thirteen of them: ten to train on, and the three that test `amazon` out of distribution. Each reader
+yields rows as those of `readers` do, with the text the authors feed to the encoder. `--data-dir` is
+the folder that holds `superglue`, `glue`, `boss`, `pubmed-rct`, or one of these itself. `python -m
+data.download NAME` gets what can be had without a form to fill in.
+
+Splits (paper.md Sec. 2): test is the original validation file, as SuperGLUE and GLUE keep the labels
+of theirs; validation is the last tenth of train. MRPC, BOSS and PubMed have a labelled test file.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+from data import readers
+
+
+@dataclass
+class Corpus:
+    """Where the files of a data set lie and how they are read."""
+
+    group: str  # the folder that the publisher's archives are unpacked into
+    files: dict  # {split: path below it}
+    read: Callable  # path -> yields (where, text_a, text_b or None, label)
+    labels: dict  # {label in the file: name}, in the order of the class indices
+    metric: str = "accuracy"
+
+
+def superglue_rows(path, build):
+    """SuperGLUE's jsonl; labels may be strings or booleans."""
+    for where, row in readers.read_jsonl(path):
+        yield where, *build(where, row), readers.label_of(where, row)
+
+
+def premise_hypothesis(where, row):
+    return readers.texts_of(where, row, "premise", "hypothesis")
+
+
+def question_passage(where, row):
+    return readers.texts_of(where, row, "question", "passage")
+
+
+def word_in_context(where, row):
+    """One text: both sentences, then the question about the word."""
+    first, second = readers.texts_of(where, row, "sentence1", "sentence2")
+    word, _ = readers.texts_of(where, row, "word")
+    return f"{first} {second} Does {word} have the same meaning in both sentences?", None
+
+
+def pronoun(where, row):
+    """`span2: text`, where span 2 is the pronoun, paired with the noun phrase it may stand for."""
+    text, _ = readers.texts_of(where, row, "text")
+    if not isinstance(row.get("target"), dict):
+        raise ValueError(f"{where}: target is {row.get('target')!r}; expected an object with span1_text "
+                         "and span2_text")
+    span1, span2 = readers.texts_of(where, row["target"], "span1_text", "span2_text")
+    return f"{span2}: {text}", span1
+
+
+def plain_rows(path, columns, header):
+    """Tab-separated without quoting. `columns` by name; `header`: whether line 1 holds their names."""
+    line = None
+    for number, line in enumerate(readers.read_lines(path), 1):
+        where, cells = f"{path}, line {number}", line.rstrip("\r\n").split("\t")
+        if len(cells) != len(columns):
+            raise ValueError(f"{where}: {len(cells)} columns; expected {len(columns)}: {', '.join(columns)}")
+        if number == 1 and header:
+            if cells != columns:
+                raise ValueError(f"{where}: the header is {', '.join(cells)}; expected {', '.join(columns)}")
+            continue
+        yield where, dict(zip(columns, cells))
+
+
+def cola_rows(path):
+    for where, row in plain_rows(path, ["source", "label", "mark", "sentence"], header=False):
+        yield where, *readers.texts_of(where, row, "sentence"), readers.label_of(where, row)
+
+
+def mrpc_rows(path):
+    columns = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
+    for where, row in plain_rows(path, columns, header=True):
+        row["label"] = row.pop("Quality")
+        yield where, *readers.texts_of(where, row, "#1 String", "#2 String"), readers.label_of(where, row)
+
+
+def sst2_rows(path):
+    """The space behind the training phrases stays, as the authors' loader leaves it."""
+    for where, row in plain_rows(path, ["sentence", "label"], header=True):
+        yield where, *readers.texts_of(where, row, "sentence"), readers.label_of(where, row)
+
+
+def pubmed_rows(path):
+    """`###id` opens an abstract, `LABEL<TAB>sentence` follow, a blank line closes it."""
+    inside = False
+    for number, line in enumerate(readers.read_lines(path), 1):
+        where, line = f"{path}, line {number}", line.rstrip("\r\n")
+        if not line.strip():
+            inside = False
+        elif line.startswith("###"):
+            inside = True
+        else:
+            if not inside:
+                raise ValueError(f"{where}: a sentence before any ###id line")
+            label, tab, sentence = line.partition("\t")
+            if not tab:
+                raise ValueError(f"{where}: no tab; expected LABEL<TAB>sentence, ###id or a blank line")
+            row = {"label": label, "sentence": sentence.lower()}
+            yield where, *readers.texts_of(where, row, "sentence"), readers.label_of(where, row)
+
+
+def superglue(folder, build, labels):
+    return Corpus("superglue", {"train": f"{folder}/train.jsonl", "test": f"{folder}/val.jsonl"},
+                  partial(superglue_rows, build=build), labels)
+
+
+def glue(folder, read, labels, metric="accuracy"):
+    return Corpus("glue", {"train": f"{folder}/train.tsv", "test": f"{folder}/dev.tsv"}, read, labels, metric)
+
+
+CB_LABELS = ("contradiction", "entailment", "neutral")
+PUBMED_LABELS = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
+CORPORA = {
+    "boolq": superglue("BoolQ", question_passage, {"False": "no", "True": "yes"}),
+    "cb": superglue("CB", premise_hypothesis, {name: name for name in CB_LABELS}),
+    "rte": superglue("RTE", premise_hypothesis, {"entailment": "entailment",
+                                                 "not_entailment": "not_entailment"}),
+    "wic": superglue("WiC", word_in_context, {"False": "different", "True": "same"}),
+    "wsc": superglue("WSC", pronoun, {"False": "another", "True": "the same"}),
+    "cola": glue("CoLA", cola_rows, {"0": "unacceptable", "1": "acceptable"}, "matthews"),
+    "mrpc": Corpus("glue", {"train": "MRPC/msr_paraphrase_train.txt", "test": "MRPC/msr_paraphrase_test.txt"},
+                   mrpc_rows, {"0": "different", "1": "paraphrase"}),
+    "sst2": glue("SST-2", sst2_rows, {"0": "negative", "1": "positive"}),
+    "amazon": Corpus("boss", {"train": "amazon/train.tsv", "test": "amazon/test.tsv",
+                              "dynasent": "dynasent/test.tsv", "semeval": "semeval/test.tsv",
+                              "sst5": "sst5/test.tsv"},
+                     readers.read_rows, {"0": "negative", "1": "positive", "2": "neutral"}),
+    "pubmed20k": Corpus("pubmed-rct", {split: f"PubMed_20k_RCT/{file}.txt" for split, file in
+                                       (("train", "train"), ("val", "dev"), ("test", "test"))},
+                        pubmed_rows, {name: name for name in PUBMED_LABELS}),
+}
+
+
+def corpus_sources(name, data_dir):
+    """{split: function that yields its rows} of a data set by name; FileNotFoundError says how to get it."""
+    corpus, data_dir = CORPORA[name], Path(data_dir)
+    missing = []
+    for folder in (data_dir / corpus.group, data_dir):
+        absent = [file for file in corpus.files.values() if not (folder / file).is_file()]
+        if not absent:
+            return {split: partial(corpus.read, folder / file) for split, file in corpus.files.items()}
+        missing.append(absent)
+    folder, absent = min(zip((data_dir / corpus.group, data_dir), missing), key=lambda pair: len(pair[1]))
+    raise FileNotFoundError(f"--data {name}: {folder} has no {', '.join(absent)}; give the folder with "
+                            f"--data-dir, or get the files with: python -m data.download {name} --data-dir "
+                            f"{data_dir}")

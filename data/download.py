@@ -1,0 +1,148 @@
+"""Get the paper's data sets from where they are published.
+
+    python -m data.download cb rte                  into datasets/
+    python -m data.download cola --data-dir my/data
+
+Each file comes over HTTPS under a temporary name, is compared with what the server announced, with
+the SHA-256 where it is known, unpacked, and its rows are counted; only then does it get its name. A
+transfer that is cut, wrong or interrupted leaves nothing behind, and files that are there stay.
+"""
+
+import argparse
+import hashlib
+import http.client
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.corpora import CORPORA
+
+SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
+GLUE = "https://dl.fbaipublicfiles.com/glue/data"
+SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
+PUBMED = "https://raw.githubusercontent.com/Franck-Dernoncourt/pubmed-rct/master/PubMed_20k_RCT"
+
+
+@dataclass
+class Source:
+    """Where a data set is published: one archive, or a file for each split."""
+
+    urls: dict  # {split: address}, or {"": address of a zip archive}
+    rows: dict  # {split: number of rows}
+    sha256: dict | None = None  # {split: of the file}, where known
+
+
+def archive(base, name, train, test):
+    return Source({"": f"{base}/{name}.zip"}, {"train": train, "test": test})
+
+
+SOURCES = {
+    "boolq": archive(SUPERGLUE, "BoolQ", 9427, 3270),
+    "cb": archive(SUPERGLUE, "CB", 250, 56),
+    "rte": archive(SUPERGLUE, "RTE", 2490, 277),
+    "wic": archive(SUPERGLUE, "WiC", 5428, 638),
+    "wsc": archive(SUPERGLUE, "WSC", 554, 104),
+    "cola": archive(GLUE, "CoLA", 8551, 1043),
+    "sst2": archive(GLUE, "SST-2", 67349, 872),
+    "mrpc": Source({split: f"{SENTEVAL}/msr_paraphrase_{split}.txt" for split in ("train", "test")},
+                   {"train": 4076, "test": 1725},
+                   {"train": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+                    "test": "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"}),
+    "pubmed20k": Source({split: f"{PUBMED}/{file}.txt" for split, file in
+                         (("train", "train"), ("val", "dev"), ("test", "test"))},
+                        {"train": 180040, "val": 30212, "test": 30135}),
+}
+BY_HAND = {"amazon": "BOSS is linked from github.com/lifan-yuan/OOD_NLP; unpack its sentiment folders "
+                     "(amazon, dynasent, semeval, sst5) into {folder}"}
+
+
+def download(name, data_dir, sources=SOURCES):
+    """Put the files of one data set below `data_dir`; ValueError or OSError with nothing changed."""
+    corpus = CORPORA[name]
+    folder = Path(data_dir) / corpus.group
+    if name in BY_HAND:
+        raise ValueError(f"{name}: its publishers give no address that a program can fetch; "
+                         + BY_HAND[name].format(folder=folder))
+    absent = {split: file for split, file in corpus.files.items() if not (folder / file).is_file()}
+    if not absent:
+        print(f"{name}: already in {folder}")
+        return
+    source = sources[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
+        fetched = {split: fetch(url, Path(temporary) / (split or "archive"), (source.sha256 or {}).get(split))
+                   for split, url in source.urls.items() if split in ("", *absent)}
+        if "" in fetched:
+            fetched = unpack(fetched[""], source.urls[""], absent, Path(temporary))
+        for split, path in fetched.items():
+            found = sum(1 for _ in corpus.read(path))  # every row is checked on the way
+            if found != source.rows[split]:
+                raise ValueError(f"{name}: {corpus.files[split]} from {next(iter(source.urls.values()))} has {found} "
+                                 f"rows; expected {source.rows[split]}")
+        for split, path in fetched.items():
+            (folder / absent[split]).parent.mkdir(parents=True, exist_ok=True)
+            path.replace(folder / absent[split])
+    print(f"{name}: {', '.join(absent.values())} in {folder}")
+
+
+def fetch(url, path, sha256=None):
+    """Write what `url` serves to `path` and return it; ValueError if it is cut or not what is expected."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
+            announced = response.headers.get("Content-Length")
+            with tqdm(total=announced and int(announced), desc=url.rsplit("/", 1)[1], unit="B",
+                      unit_scale=True) as bar:
+                while chunk := response.read(2**16):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    size += len(chunk)
+                    bar.update(len(chunk))
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise OSError(f"{url}: {getattr(error, 'reason', None) or error}") from None
+    if announced is not None and size != int(announced):
+        raise ValueError(f"{url}: the transfer ended after {size} of {announced} bytes; try again")
+    if sha256 and digest.hexdigest() != sha256:
+        raise ValueError(f"{url}: SHA-256 is {digest.hexdigest()}; expected {sha256}")
+    return path
+
+
+def unpack(archive, url, wanted, folder):
+    """{split: file} of the `wanted` members {split: NAME/file} of a zip archive."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            found = {split: folder / f"{split}{Path(member).suffix}" for split, member in wanted.items()}
+            for split, member in wanted.items():
+                found[split].write_bytes(opened.read(member))  # the path is ours: no member picks its own
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise ValueError(f"{url}: not the archive that was expected ({error})") from None
+    return found
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Download data sets of the paper.",
+                                     epilog="Example: python -m data.download cb rte cola")
+    parser.add_argument("names", nargs="+", choices=CORPORA, metavar="NAME", help=", ".join(CORPORA))
+    parser.add_argument("--data-dir", type=Path, default=Path("datasets"), metavar="DIR",
+                        help="where to put them (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        try:
+            download(name, args.data_dir)
+        except (ValueError, OSError) as error:
+            print(f"data.download: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\ndata.download: interrupted", file=sys.stderr)
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""A trained classifier as files: a run folder for `predict.py`, and folders that other tools open.
+
+    save_classifier, load_classifier    model.safetensors, tokenizer.json, classifier.json
+    export_classifier                   for transformers (AutoModel), peft (PeftModel), anyone's head
+
+Apart from `train.py` because `predict.py` reads what is written here.
+"""
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from checkpoint import read_json, read_safetensors, read_tokenizer, write_safetensors
+from model import (Classifier, Encoder, EncoderConfig, LoRALinear, add_lora, has_lora, huggingface_names,
+                   merge_lora, save_pretrained)
+
+
+def lora_settings(encoder):
+    """(r, lora_alpha) of an encoder with LoRA, else None."""
+    module = next((m for m in encoder.modules() if isinstance(m, LoRALinear)), None)
+    if module is None:
+        return None
+    r = module.lora_A.out_features
+    return r, module.scaling * r
+
+
+def save_classifier(folder, model, tokenizer, labels, temperature, max_length):
+    """Write all that load_classifier needs; LoRA matrices stay apart from the weights they adapt."""
+    write_safetensors(folder / "model.safetensors", model.state_dict())
+    tokenizer.no_truncation()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    content = {"labels": labels, "temperature": temperature, "max_length": max_length,
+               "lora": lora_settings(model.encoder), "encoder": asdict(model.encoder.config)}
+    (folder / "classifier.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_classifier(folder):
+    """(Classifier in eval mode, Tokenizer, {labels, temperature, max_length, ...}) of a run folder.
+
+    Raises FileNotFoundError or ValueError for a folder that save_classifier did not finish.
+    """
+    folder = Path(folder)
+    path = folder / "classifier.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no classifier.json; expected the folder of a run of train.py that "
+                                "came to its end")
+    content = read_json(path)
+    try:
+        encoder = Encoder(EncoderConfig(**content["encoder"]))
+        model = Classifier(encoder, len(content["labels"]))
+        if content["lora"]:
+            add_lora(encoder, *content["lora"])
+        content["temperature"], content["max_length"] = float(content["temperature"]), int(content["max_length"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not what train.py writes ({type(error).__name__}: {error})") from None
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights}: no such file")
+    try:
+        model.load_state_dict(read_safetensors(weights))
+    except RuntimeError as error:  # torch lists every tensor
+        raise ValueError(f"{weights}: does not fit {path.name} ({str(error).splitlines()[1].strip()})") from None
+    tokenizer = read_tokenizer(folder / "tokenizer.json", encoder.config.vocab_size)
+    return model.eval(), tokenizer, content
+
+
+def export_classifier(folder, model, tokenizer, labels, temperature, base):
+    """Write the result for other tools.
+
+    config.json, model.safetensors, tokenizer.json    AutoModel.from_pretrained(folder); LoRA is merged
+    head.safetensors                                  weight V (C, h), bias b (C,), temperature ()
+    adapter/                                          with LoRA: PeftModel.from_pretrained(encoder, it)
+
+    softmax((V h + b) / temperature), with h the last hidden state of the first token, are the
+    probabilities. `base` names the encoder that the adapter belongs to.
+    """
+    encoder = copy.deepcopy(model.encoder)
+    if has_lora(encoder):
+        merge_lora(encoder)
+        export_adapter(folder / "adapter", model.encoder, base)
+    save_pretrained(folder, encoder, tokenizer, labels)
+    write_safetensors(folder / "head.safetensors", {"weight": model.head.weight, "bias": model.head.bias,
+                                                    "temperature": torch.tensor(temperature)})
+
+
+def export_adapter(folder, encoder, base):
+    """The LoRA matrices of an encoder as a peft folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    r, lora_alpha = lora_settings(encoder)
+    plain = copy.deepcopy(encoder)
+    merge_lora(plain)  # only for the Hugging Face names of query and value
+    tensors = {}
+    for theirs, ours in huggingface_names(plain).items():
+        layer, kind = ours.rsplit(".", 1)
+        module = encoder.get_submodule(layer)
+        if isinstance(module, LoRALinear) and kind == "weight":
+            for name in ("lora_A", "lora_B"):
+                tensors[f"base_model.model.{theirs.removesuffix('weight')}{name}.weight"] = getattr(
+                    module, name).weight
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "r": r, "lora_alpha": lora_alpha,
+              "lora_dropout": 0.0, "bias": "none", "target_modules": ["query", "value"],
+              "inference_mode": True, "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

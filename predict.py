@@ -1,0 +1,120 @@
+"""Classify new text with a finished run of train.py.
+
+    python predict.py runs/my-run < texts.txt > labels.tsv
+    python predict.py runs/my-run pairs.tsv --pairs --format jsonl
+
+One text a line, or with --pairs two texts with a tab between; in the same order, one line each with the
+label and the probability of every class, softmax(logits / T) with the temperature T of the run. Read,
+classified and written 10,000 lines at a time, so a file of any length takes the same memory.
+
+Exit status: 0 done, 2 bad input (one line says what; lines before it are written), 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import encode
+from data.readers import decode_lines
+from export import load_classifier
+from lpft import predict
+from train import choose_device
+
+CHUNK = 10_000  # lines; sorted by length within, so that batches hold little padding
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Classify lines of text with a finished run of train.py.",
+                                     epilog="Example: echo 'the film was good .' | python predict.py RUN_DIR")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's folder, as train.py printed it")
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE",
+                        help="UTF-8 text, one sample a line (default: standard input)")
+    parser.add_argument("--pairs", action="store_true", help="a line is two texts with a tab between")
+    parser.add_argument("--format", choices=("tsv", "jsonl"), default="tsv",
+                        help="tsv: a header, then label and one probability per class; jsonl: {label, "
+                             "probabilities} (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N",
+                        help="samples at once (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                        help="auto takes cuda, else mps, else cpu (default: %(default)s)")
+    parser.error = lambda message: parser.exit(2, f"predict.py: error: {message}\n")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size is {args.batch_size}; expected 1 or more")
+    return args
+
+
+def read_texts(lines, name, pairs):
+    """Yield (text_a, text_b or None, 0) per line; 0 stands for the label that is not known."""
+    for number, line in enumerate(decode_lines(lines, name), 1):
+        cells = line.rstrip("\r\n").split("\t") if pairs else [line.rstrip("\r\n"), None]
+        if len(cells) != 2:
+            raise ValueError(f"{name}, line {number}: {len(cells)} texts; --pairs expects two with a tab between")
+        if any(text is not None and not text.strip() for text in cells):
+            raise ValueError(f"{name}, line {number}: an empty text")
+        yield *cells, 0
+
+
+def write_predictions(out, labels, probabilities, form):
+    """One line per row of probabilities (N, C)."""
+    for row in probabilities.tolist():
+        label = labels[row.index(max(row))]
+        if form == "jsonl":
+            content = {"label": label, "probabilities": {k: round(p, 6) for k, p in zip(labels, row)}}
+            out.write(json.dumps(content, ensure_ascii=False) + "\n")
+        else:
+            out.write("\t".join([label] + [f"{p:.6f}" for p in row]) + "\n")
+
+
+def run(args):
+    model, tokenizer, settings = load_classifier(args.run_dir)
+    model.to(choose_device(args.device)[0])
+    lines = sys.stdin.buffer if args.file is None else open(args.file, "rb")
+    rows = read_texts(lines, "standard input" if args.file is None else args.file, args.pairs)
+    labels = settings["labels"]
+    if args.format == "tsv":
+        print("\t".join(["label", *labels]))
+    failed = None
+    with tqdm(desc="predicting", unit="line", unit_scale=True) as bar:
+        while failed is None:
+            chunk = []
+            try:
+                chunk.extend(islice(rows, CHUNK))  # keeps what came before a bad line
+            except ValueError as error:
+                failed = error
+            if not chunk:
+                break
+            split = encode(tokenizer, chunk, settings["max_length"])
+            _, logits = predict(model, split, args.batch_size)
+            probabilities = (logits.double() / settings["temperature"]).softmax(1)  # (N, C)
+            write_predictions(sys.stdout, labels, probabilities, args.format)
+            sys.stdout.flush()
+            bar.update(len(chunk))
+    if failed is not None:
+        raise failed
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        run(args)
+        return 0
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush into it
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"predict.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\npredict.py: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
