@@ -41,6 +41,10 @@ def download_checkpoint(name):
     # here, as a local run needs none of it
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
+
+    print(f"checkpoint {name}: from the Hugging Face hub or its cache", flush=True)
+    logging.set_verbosity_error()  # it tries for half a minute; a warning for each try says nothing more
 
     def fetch(*alternatives):
         for file in alternatives:

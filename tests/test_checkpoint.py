@@ -1,12 +1,21 @@
 """The safetensors reader: compatible with the format's own package, and closed to broken files."""
 
+import hashlib
+import http.server
+import io
 import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
 from checkpoint import read_safetensors, read_weights, write_safetensors
+from model import load_pretrained
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3, dtype=torch.float16),
            "brain": torch.full((2,), 1.5, dtype=torch.bfloat16), "scalar": torch.tensor(7),
@@ -63,3 +72,107 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pytorch_model.bin"):
         read_weights(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------ the hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(random_folder):
+    """(address, {path: file}) of a server that answers as the hub does for single files."""
+    files = {f"/org/name/resolve/main/{path.name}": path.read_bytes() for path in random_folder.iterdir()}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self, body=True):
+            content = files.get(self.path)
+            self.send_response(404 if content is None else 200)
+            if content is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+                content = b""
+            self.send_header("ETag", '"' + hashlib.sha1(content).hexdigest() + '"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if body:
+                self.wfile.write(content)
+
+        def do_HEAD(self):
+            self.do_GET(body=False)
+
+        def log_message(self, *args):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}", files
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def load_by_name(name, cache, **environment):
+    """(exit status, last line) of loading a checkpoint by its hub name in a process of its own."""
+    environment = {"HF_HOME": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    code = ("import sys\nfrom model import load_pretrained\n"
+            f"try:\n    print(load_pretrained({name!r})[0].word_embeddings.weight.sum().item())\n"
+            "except (ValueError, OSError) as error:\n    sys.exit(str(error))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                          cwd=Path(__file__).resolve().parents[1], env=inherited | environment)
+    return done.returncode, (done.stdout + done.stderr).strip().splitlines()
+
+
+def test_a_hub_name_is_fetched_once_and_then_found_offline(hub, random_folder, tmp_path):
+    address, files = hub
+    expected = load_pretrained(random_folder)[0].word_embeddings.weight.sum().item()
+    status, lines = load_by_name("org/name", tmp_path, HF_ENDPOINT=address)
+    assert (status, float(lines[-1])) == (0, pytest.approx(expected)), lines
+    files.clear()
+    status, lines = load_by_name("org/name", tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="1")
+    assert (status, float(lines[-1])) == (0, pytest.approx(expected)), lines
+
+
+def test_shards_and_pickled_weights_are_fetched_where_there_is_no_whole_file(hub, random_folder, tmp_path):
+    address, files = hub
+    weights = read_safetensors(random_folder / "model.safetensors")
+    prefix, expected = "/org/name/resolve/main/", weights["embeddings.word_embeddings.weight"].sum()
+    del files[prefix + "model.safetensors"]
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    files[prefix + "pytorch_model.bin"] = buffer.getvalue()
+    status, lines = load_by_name("org/name", tmp_path / "1", HF_ENDPOINT=address)
+    assert (status, float(lines[-1])) == (0, pytest.approx(float(expected))), lines
+    names = sorted(weights)
+    for i, part in enumerate((names[:9], names[9:])):
+        files[f"{prefix}part-{i}.safetensors"] = safetensors.torch.save({name: weights[name] for name in part})
+    files[prefix + "model.safetensors.index.json"] = json.dumps(
+        {"weight_map": {name: f"part-{int(name in names[9:])}.safetensors" for name in names}}).encode()
+    files[prefix + "pytorch_model.bin"] = b"not read"
+    status, lines = load_by_name("org/name", tmp_path / "2", HF_ENDPOINT=address)
+    assert (status, float(lines[-1])) == (0, pytest.approx(float(expected))), lines
+
+
+@pytest.mark.parametrize("name, environment", [
+    ("roberta-base", {"HF_HUB_OFFLINE": "1"}),
+    pytest.param("org/name", {"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow),  # 30 s of tries
+])
+def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_flag(name, environment, tmp_path):
+    status, lines = load_by_name(name, tmp_path, **environment)
+    assert status == 1 and len(lines) == 2, lines  # the first says what is being tried
+    assert lines[1].startswith(f"--model {name}: ") and "give --model the path of a local folder" in lines[1]
+
+
+def test_a_hub_folder_without_a_tokenizer_is_refused_by_the_name_of_the_file(hub, tmp_path):
+    address, files = hub
+    del files["/org/name/resolve/main/tokenizer.json"]
+    status, lines = load_by_name("org/name", tmp_path, HF_ENDPOINT=address)
+    assert status == 1 and lines[1:] == ["--model org/name: on the hub it has no tokenizer.json"]
+
+
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": "../x"}}', "{",
+                                   '{"weight_map": {"a": "absent.safetensors"}}'])
+def test_a_broken_index_of_shards_is_refused(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises((ValueError, OSError), match="model.safetensors.index.json"):
+        read_weights(tmp_path)

@@ -1,12 +1,17 @@
 """The encoder against transformers, LoRA against peft, and the properties both must have."""
 
+import random
+from itertools import islice
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from data import encode
+from conftest import SHARED
+from data import encode, tiny
+from data.corpora import corpus_sources
 from model import (Classifier, Encoder, LoRALinear, add_lora, count_parameters, load_pretrained,
                    merge_lora, save_pretrained)
 
@@ -57,17 +62,80 @@ def test_hidden_states_equal_those_of_transformers(name, rows, request):
         assert difference.abs().max() < 1e-9
 
 
+def real_sentences():
+    """800 sentences of real corpora, where there are any."""
+    if not SHARED.is_dir():
+        return []
+    rows = []
+    for name, count in (("mrpc", 250), ("cola", 150), ("sst2", 100), ("amazon", 100), ("boolq", 100), ("wic", 100)):
+        rows += islice(corpus_sources(name, SHARED)["train"](), count)
+    return [text_b or text_a for _, text_a, text_b, _ in rows]
+
+
+def odd_sentences(count=200):
+    """Emoji and their joiners, accents composed and not, CJK, right to left, control characters, spaces."""
+    rng = random.Random(0)
+    pieces = ["🙂", "👩‍👩‍👧", "🇯🇵", "é", "e\u0301", "Å", "ß", "ﬁ", "東京", "한국어", "ไทย", "שלום", "مرحبا", "\x00", "\x07",
+              "\u200b", "\ufeff", "\u00ad", "\ufffd", "\u2028", "\x85", "\t", "\r", "\xa0", "\u3000", " ", "  ", "don't",
+              "C++", "<s>", "[SEP]", "[unused1]", "</s>", "...", "—", "word", "Word", "WORDS", "x" * 120, "𝔘𝔫𝔦", "½", "№"]
+    return ["".join(rng.choices(pieces, k=rng.randrange(1, 30))) + "a" for _ in range(count)]
+
+
 @pytest.mark.parametrize("name", ["minilm", "roberta"])
-@pytest.mark.parametrize("rows", [[(s, None) for s in SENTENCES], PAIRS], ids=["single", "pairs"])
-def test_token_ids_equal_those_of_transformers(name, rows, request):
-    """Truncation takes from the longer text of a pair first, and keeps room for special tokens."""
+@pytest.mark.parametrize("max_length", [48, 128])
+def test_token_ids_of_a_thousand_sentences_equal_those_of_transformers(name, max_length, request):
+    """Singles and pairs. Truncation takes from the longer text of a pair first, and keeps special tokens."""
     folder = request.getfixturevalue(name)
     _, tokenizer = load_pretrained(folder)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-    split = encode(tokenizer, [(a, b, 0) for a, b in rows], 32)
-    for ours, (a, b) in zip(split, rows):
-        expected = theirs(a, b, truncation="longest_first", max_length=32)
-        assert ours["input_ids"] == expected["input_ids"]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    sentences = SENTENCES + odd_sentences() + real_sentences()
+    rows = [(a, None) for a in sentences] + list(zip(sentences, sentences[7:]))
+    split = encode(tokenizer, [(a, b, 0) for a, b in rows], max_length)
+    longest = 0
+    for ours, (a, b) in zip(split, rows, strict=True):
+        expected = theirs(a, b, truncation="longest_first", max_length=max_length)
+        assert ours["input_ids"] == expected["input_ids"], (a, b)
+        assert ours["token_type_ids"] == expected.get("token_type_ids", [0] * len(ours["input_ids"])), (a, b)
+        longest = max(longest, len(ours["input_ids"]))
+    assert longest == max_length  # some were cut
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("variant", ["bare", "masked-lm", "sharded", "float16", "sentence-transformers"])
+def test_checkpoints_as_others_save_them_load_alike(kind, variant, tmp_path):
+    """Written by transformers, read here, same hidden states; of float16 files, those of the rounded weights."""
+    bert = kind == "bert"
+    sizes = {"vocab_size": 282, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "intermediate_size": 96, "max_position_embeddings": 40, "initializer_range": 0.2,
+             "type_vocab_size": 2 if bert else 1, "pad_token_id": 0 if bert else 1}
+    config = (transformers.BertConfig if bert else transformers.RobertaConfig)(**sizes)
+    names = {True: ("BertModel", "BertForMaskedLM"), False: ("RobertaModel", "RobertaForMaskedLM")}[bert]
+    torch.manual_seed(0)
+    model = getattr(transformers, names[variant == "masked-lm"])(config)
+    folder = tmp_path / "0_Transformer" if variant == "sentence-transformers" else tmp_path
+    model = model.half() if variant == "float16" else model
+    model.save_pretrained(folder, max_shard_size="50KB" if variant == "sharded" else "5GB")
+    tiny.make_tokenizer().save(str(folder / "tokenizer.json"))
+    if variant == "sentence-transformers":
+        (tmp_path / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "0_Transformer", "type": "x"}]')
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert (len(files) > 2) == (variant == "sharded")
+    ours, _ = load_pretrained(tmp_path)
+    theirs = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(5, 282, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) < torch.tensor([[12], [7], [3]])).long()
+    ids = torch.where(mask == 1, ids, config.pad_token_id)
+    with torch.no_grad():
+        found = ours.eval()(ids, mask, torch.zeros_like(ids))
+        expected = theirs(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert ((found - expected) * mask.unsqueeze(2)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["DistilBert", "Albert", "Deberta", "Electra", "MPNet"])
+def test_an_architecture_that_is_not_supported_is_refused_by_name(kind, tmp_path):
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model_type is '{kind.lower()}'; supported: bert, roberta"):
+        load_pretrained(tmp_path)
 
 
 def test_features_do_not_depend_on_padding(minilm):
