@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegressionCV
-from sklearn.metrics import pairwise
+from sklearn.metrics import matthews_corrcoef, pairwise
 from sklearn.model_selection import StratifiedKFold
 
 from data import load_task, tiny, training_batches
-from lpft import (calibration_error, feature_statistics, fine_tune, fit_linear_probe, fit_temperature,
-                  predict, set_head)
+from lpft import (accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
+                  fit_temperature, matthews, predict, set_head)
 from linear_probe import stratified_folds
 from model import Classifier, add_lora, load_pretrained
 
@@ -155,6 +155,23 @@ def test_the_best_validation_epoch_is_kept(model, small_task):
     assert max(scores) > min(scores)
     kept = seen[1 + scores.index(max(scores))]
     assert all(torch.equal(kept[name], t) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_matthews_correlation_is_scikit_learns(num_classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, num_classes, generator=generator)
+    labels = torch.where(torch.rand(200, generator=generator) < 0.5, logits.argmax(1),
+                         torch.randint(num_classes, (200,), generator=generator))
+    assert matthews(logits, labels) == pytest.approx(matthews_corrcoef(labels, logits.argmax(1)))
+    assert 0.3 < matthews(logits, labels) < matthews(logits, logits.argmax(1)) == pytest.approx(1)
+
+
+def test_matthews_gives_nothing_for_the_majority_where_accuracy_does():
+    """Why CoLA is not scored by accuracy: nine of ten by always saying yes."""
+    labels = torch.tensor([1] * 9 + [0])
+    always_yes = torch.tensor([[0.0, 1.0]]).expand(10, 2)
+    assert accuracy(always_yes, labels) == 0.9 and matthews(always_yes, labels) == 0.0
 
 
 def test_the_ft_stage_is_adam_with_linear_decay_and_clipping(model, small_task):

@@ -99,6 +99,11 @@ def test_the_kernel_does_not_depend_on_batches_and_padding(model):
         assert relative_error(getattr(apart, part), getattr(whole, part)) < 1e-12
 
 
+def test_a_position_is_dead_only_where_every_entry_is_zero():
+    g = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [0.0, 1e-30], [-1.0, -2.0]]).view(1, 1, 4, 2)
+    assert ntk_file.not_zero(g).flatten().tolist() == [False, True, True, True]
+
+
 def test_a_kernel_of_more_than_one_tile(model):
     """The Gram product is cut into tiles of 128 rows: 47 training samples and 3 logits need two."""
     train, test = [make_batch([3, 4, 5] * 15 + [6, 7], 1)], [make_batch([5, 3], 2)]

@@ -14,6 +14,7 @@ import train
 from checkpoint import read_safetensors
 from lpft import predict
 from data import load_task
+from data.corpora import CORPORA
 from model import Classifier, add_lora, load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,33 @@ def test_the_saved_weights_are_the_ones_that_were_measured(random_folder, tmp_pa
     test = load_task("tiny", tokenizer).splits["test"]
     correct = (predict(model, test)[1].argmax(1) == test.labels).double().mean()
     assert float(correct) == json.loads((tmp_path / "result.json").read_text())["accuracy"]["test"]
+
+
+def test_cola_is_selected_and_reported_by_matthews_correlation(random_folder, tmp_path, capsys):
+    rows = [f"x\t{label}\t\tthe screen was {word}" for word, label in
+            [("good", 1), ("bad", 0), ("fine", 1), ("great", 1)] * 20]
+    (tmp_path / "glue" / "CoLA").mkdir(parents=True)
+    for file in ("train.tsv", "dev.tsv"):
+        (tmp_path / "glue" / "CoLA" / file).write_text("\n".join(rows) + "\n")
+    assert train.main(["--method", "ft", "--model", str(random_folder), "--data", "cola", "--data-dir",
+                       str(tmp_path), "--epochs", "4", "--lr", "1e-3", "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "highest validation matthews" in printed and "matthews accuracy" in printed
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    best = max(records[1:], key=lambda record: record["val_matthews"])
+    assert (best["epoch"], best["val_matthews"]) == (result["kept_epoch"], result["val_matthews"])
+    assert result["metric"] == "matthews" and -1 <= result["matthews"]["test"] <= 1
+    assert any(record["val_matthews"] != record["val_accuracy"] for record in records)
+
+
+def test_the_authors_settings_are_the_defaults_of_their_data_sets():
+    """Batch size and learning rate in FT, LoRA, LP-FT and LP-LoRA."""
+    for (method, lora), (batch_size, lr) in zip(train.STAGES, train.RECIPES["wsc"]):
+        args = train.parse_args(["--method", method, "--model", "x", "--data", "wsc"] + ["--lora"] * lora)
+        assert (args.batch_size, args.lr) == (batch_size, lr)
+    assert train.RECIPES["wsc"] == ((16, 1e-3), (16, 1e-4), (8, 1e-3), (8, 1e-4))
+    assert set(CORPORA) <= set(train.RECIPES)
 
 
 def test_the_same_seed_gives_the_same_result(random_folder, tmp_path):
@@ -135,7 +163,9 @@ REFUSED = [
     (["--method", "lp", "--ntk"], "--ntk has no effect"), (["--ntk", "9"], "kernel regression needs 5"),
     (["--seed", "-1"], "--seed is -1"), (["--method", "linear"], "--method"),
     (["--model", "nowhere"], "nowhere"), (["--data", "nowhere"], "nowhere"),
-    (["--out", "."], "holds something"),
+    (["--out", "."], "holds something"), (["--out", "mine"], "is a file"),
+    (["--data", "cb"], "python -m data.download cb"), (["--data-dir", "x"], "--data-dir has no effect"),
+    (["--data", "cb", "--data-dir", "mine"], "mine"), (["--model", "no/where/at/all"], "no such folder"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "--device cuda")])
 
 
@@ -150,9 +180,8 @@ def test_bad_input_ends_in_one_line_and_status_2(arguments, message, random_fold
         status = train.main(arguments)
     except SystemExit as exit:  # argparse
         status = exit.code
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert status == 2
-    assert error.startswith("train.py: error: ") or error.startswith(f"{Path(sys.argv[0]).name}: error: ")
+    error = capsys.readouterr().err
+    assert status == 2 and len(error.splitlines()) == 1 and error.startswith("train.py: error: ")
     assert message in error
     assert [p.name for p in tmp_path.rglob("*") if p.name != "runs"] == ["mine"]  # nothing left behind
 
