@@ -28,7 +28,7 @@ def find_checkpoint(name):
         if modules.is_file() and not (folder / "config.json").is_file():
             try:
                 folder = folder / json.loads(modules.read_text(encoding="utf-8"))[0]["path"]
-            except (ValueError, LookupError, TypeError) as error:
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise ValueError(f"{modules}: not a list of modules with paths ({error})") from None
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
@@ -47,13 +47,16 @@ def download_checkpoint(name):
     logging.set_verbosity_error()  # it tries for half a minute; a warning for each try says nothing more
 
     def fetch(*alternatives):
+        unreachable = None
         for file in alternatives:
             try:
                 return Path(hf_hub_download(name, file))
-            except LocalEntryNotFoundError:
-                raise  # not reachable and not in the cache, so not known to be absent
+            except LocalEntryNotFoundError as error:
+                unreachable = error  # not in the cache, so not known to be absent: another may be there
             except EntryNotFoundError:
                 continue
+        if unreachable:
+            raise unreachable
         raise FileNotFoundError(f"--model {name}: on the hub it has no {' and no '.join(alternatives)}")
 
     try:
@@ -78,7 +81,7 @@ def read_json(path):
                                 "and model.safetensors or pytorch_model.bin")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path}: not a JSON file ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
@@ -166,13 +169,13 @@ def read_safetensors(path):
                 if [begin, end, shape] != [*entry["data_offsets"], entry["shape"]]:
                     raise ValueError(f"tensor {name!r} has a shape or an offset that is no integer")
                 entries.append((name, SAFETENSORS_DTYPES[entry["dtype"]], shape, begin, end))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}: broken safetensors header "
                              f"({type(error).__name__}: {error})") from None
         tensors = {}
         for name, dtype, shape, begin, end in entries:
             needed = math.prod(shape) * dtype.itemsize
-            if min(shape, default=0) < 0 or begin < 0 or end > data_size or end - begin != needed:
+            if min(shape, default=0) < 0 or max(shape, default=0) > 2**62 or begin < 0 or end > data_size or end - begin != needed:
                 raise ValueError(f"{path}: tensor {name!r} of shape {shape} claims bytes {begin} to "
                                  f"{end}; it needs {needed} and the file holds {data_size}")
             buffer = bytearray(needed)

@@ -8,13 +8,14 @@ Apart from `train.py` because `predict.py` reads what is written here.
 
 import copy
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from checkpoint import read_json, read_safetensors, read_tokenizer, write_safetensors
-from model import (Classifier, Encoder, EncoderConfig, LoRALinear, add_lora, has_lora, huggingface_names,
+from model import (Classifier, Encoder, LoRALinear, add_lora, check_config, has_lora, huggingface_names,
                    merge_lora, save_pretrained)
 
 
@@ -27,52 +28,53 @@ def lora_settings(encoder):
     return r, module.scaling * r
 
 
-def save_classifier(folder, model, tokenizer, labels, temperature, max_length):
+def save_classifier(folder, model, tokenizer, task, temperature, max_length, data):
     """Write all that load_classifier needs; LoRA matrices stay apart from the weights they adapt."""
     write_safetensors(folder / "model.safetensors", model.state_dict())
     tokenizer.no_truncation()
     tokenizer.save(str(folder / "tokenizer.json"))
-    content = {"labels": labels, "temperature": temperature, "max_length": max_length,
-               "lora": lora_settings(model.encoder), "encoder": asdict(model.encoder.config)}
+    content = {"data": data, "pairs": task.pairs, "labels": task.labels, "temperature": temperature,
+               "max_length": max_length, "lora": lora_settings(model.encoder),
+               "encoder": asdict(model.encoder.config)}
     (folder / "classifier.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def load_classifier(folder):
-    """(Classifier in eval mode, Tokenizer, {labels, temperature, max_length, ...}) of a run folder.
+    """(Classifier in eval mode, Tokenizer, dict of classifier.json) of a run folder.
 
     Raises FileNotFoundError or ValueError for a folder that save_classifier did not finish.
     """
     folder = Path(folder)
-    path = folder / "classifier.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no classifier.json; expected the folder of a run of train.py that "
-                                "came to its end")
+    path, weights = folder / "classifier.json", folder / "model.safetensors"
+    if not path.is_file() or not weights.is_file():
+        raise FileNotFoundError(f"{folder}: no {weights.name if path.is_file() else path.name}; expected the folder "
+                                "of a run of train.py that came to its end")
     content = read_json(path)
     try:
-        encoder = Encoder(EncoderConfig(**content["encoder"]))
-        model = Classifier(encoder, len(content["labels"]))
+        config = check_config(content["encoder"], path)
+        model = Classifier(Encoder(config), len(content["labels"]))
         if content["lora"]:
-            add_lora(encoder, *content["lora"])
-        content["temperature"], content["max_length"] = float(content["temperature"]), int(content["max_length"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not what train.py writes ({type(error).__name__}: {error})") from None
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights}: no such file")
+            add_lora(model.encoder, *content["lora"])
+        if not (0 < content["temperature"] < math.inf and 1 < content["max_length"] <= config.max_length):
+            raise ValueError("temperature or max_length is out of range")
+        content["pairs"], content["data"]  # KeyError where they are missing
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path}: not what train.py writes ({type(error).__name__}: {reason})") from None
     try:
         model.load_state_dict(read_safetensors(weights))
     except RuntimeError as error:  # torch lists every tensor
-        raise ValueError(f"{weights}: does not fit {path.name} ({str(error).splitlines()[1].strip()})") from None
-    tokenizer = read_tokenizer(folder / "tokenizer.json", encoder.config.vocab_size)
-    return model.eval(), tokenizer, content
+        raise ValueError(f"{weights}: does not fit {path.name} ({str(error).splitlines()[1].strip()[:200]})") from None
+    return model.eval(), read_tokenizer(folder / "tokenizer.json", config.vocab_size), content
 
 
-def export_classifier(folder, model, tokenizer, labels, temperature, base):
+def export_classifier(folder, model, tokenizer, task, temperature, max_length, base):
     """Write the result for other tools.
 
-    config.json, model.safetensors, tokenizer.json    AutoModel.from_pretrained(folder); LoRA is merged
-    head.safetensors                                  weight V (C, h), bias b (C,), temperature ()
-    adapter/                                          with LoRA: PeftModel.from_pretrained(encoder, it)
+    config.json, model.safetensors        AutoModel.from_pretrained(folder); LoRA is merged
+    tokenizer.json, tokenizer_config.json AutoTokenizer.from_pretrained(folder)
+    head.safetensors                      weight V (C, h), bias b (C,), temperature ()
+    adapter/                              with LoRA: PeftModel.from_pretrained(encoder, it)
 
     softmax((V h + b) / temperature), with h the last hidden state of the first token, are the
     probabilities. `base` names the encoder that the adapter belongs to.
@@ -81,7 +83,7 @@ def export_classifier(folder, model, tokenizer, labels, temperature, base):
     if has_lora(encoder):
         merge_lora(encoder)
         export_adapter(folder / "adapter", model.encoder, base)
-    save_pretrained(folder, encoder, tokenizer, labels)
+    save_pretrained(folder, encoder, tokenizer, task.labels, max_length)
     write_safetensors(folder / "head.safetensors", {"weight": model.head.weight, "bias": model.head.bias,
                                                     "temperature": torch.tensor(temperature)})
 

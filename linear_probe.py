@@ -176,7 +176,8 @@ def conjugate_gradients(matrix_times, right, diagonal, precision):
     direction, rho = scaled, (residual * scaled).sum((1, 2), keepdim=True)  # (K, 1, 1)
     for _ in range(1000):
         image = matrix_times(direction)
-        length = rho / (direction * image).sum((1, 2), keepdim=True).clamp(min=1e-300)
+        curvature = (direction * image).sum((1, 2), keepdim=True)  # rounding may make a zero negative
+        length = torch.where(curvature > 0, rho / curvature.clamp(min=1e-300), 0.0)
         x, residual = x + length * direction, residual - length * image
         if (residual.norm(dim=(1, 2)) <= precision).all():
             break

@@ -275,6 +275,8 @@ LAYER_NAMES = {
     "output.dense": "ffn_out",
     "output.LayerNorm": "ffn_norm",
 }
+SPECIAL_TOKENS = {"cls_token": ("<s>", "[CLS]"), "sep_token": ("</s>", "[SEP]"), "pad_token": ("<pad>", "[PAD]"),
+                  "mask_token": ("<mask>", "[MASK]"), "unk_token": ("<unk>", "[UNK]")}
 # Parts of a checkpoint that the classifier does not use: pooler, MLM heads, a buffer of old files.
 UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
 
@@ -300,7 +302,10 @@ def load_pretrained(name):
     directory = find_checkpoint(name)
     config = read_config(directory / "config.json")
     weights, path = read_weights(directory)
-    encoder = Encoder(config)
+    try:
+        encoder = Encoder(config)
+    except (ValueError, RuntimeError) as error:  # heads that do not divide the width; sizes beyond memory
+        raise ValueError(f"{directory / 'config.json'}: {str(error).splitlines()[0]}") from None
     names = huggingface_names(encoder)
     state = {}
     for name, tensor in weights.items():
@@ -324,8 +329,8 @@ def load_pretrained(name):
     return encoder, read_tokenizer(directory / "tokenizer.json", config.vocab_size)
 
 
-def save_pretrained(directory, encoder, tokenizer, labels=None):
-    """Write `encoder` (without LoRA) and `tokenizer` as a folder that load_pretrained and AutoModel read."""
+def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None):
+    """Write `encoder` (without LoRA) and `tokenizer` as a folder for load_pretrained, AutoModel and AutoTokenizer."""
     if has_lora(encoder):
         raise ValueError("this encoder has LoRA; merge_lora(encoder) first")
     directory = Path(directory)
@@ -336,14 +341,24 @@ def save_pretrained(directory, encoder, tokenizer, labels=None):
     config = asdict(encoder.config) | {"hidden_act": "gelu", "position_embedding_type": "absolute"}
     if labels:
         config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # Without this class transformers would build a lower-casing tokenizer of its own from the vocabulary.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length or encoder.config.max_length,
+                "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    for name, spellings in SPECIAL_TOKENS.items():
+        settings |= {name: token for token in spellings if tokenizer.token_to_id(token) is not None}
+    for name, content in (("config.json", config), ("tokenizer_config.json", settings)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tokenizer.no_truncation()  # else the length of this run would be every later reader's
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def read_config(path):
     """config.json as an EncoderConfig; ValueError for anything this encoder does not compute."""
-    raw = read_json(path)
+    return check_config(read_json(path), path)
+
+
+def check_config(raw, path):
+    """The entries of a config.json, read from `path`, as an EncoderConfig."""
     supported = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",),
                  "position_embedding_type": ("absolute", None), "is_decoder": (False,)}
     defaults = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
@@ -355,8 +370,8 @@ def read_config(path):
     for name, value in known.items():
         kind = EncoderConfig.__annotations__[name]
         least = 0 if name in ("type_vocab_size", "pad_token_id") or kind is float else 1
-        if kind is not str and (type(value) not in (int, kind) or value < least):
-            raise ValueError(f"{path}: {name} is {value!r}; expected {kind.__name__}, {least} or more")
+        if kind is not str and (type(value) not in (int, kind) or not least <= value < 2**31):
+            raise ValueError(f"{path}: {name} is {str(value)[:20]}; expected {kind.__name__}, {least} or more")
         if name.endswith("_prob") and value >= 1:
             raise ValueError(f"{path}: {name} is {value!r}; expected a probability below 1")
     if known.get("pad_token_id", 0) >= known.get("vocab_size", 1):

@@ -1,11 +1,11 @@
 """Classify new text with a finished run of train.py.
 
     python predict.py runs/my-run < texts.txt > labels.tsv
-    python predict.py runs/my-run pairs.tsv --pairs --format jsonl
+    python predict.py runs/my-run pairs.tsv --format jsonl
 
-One text a line, or with --pairs two texts with a tab between; in the same order, one line each with the
-label and the probability of every class, softmax(logits / T) with the temperature T of the run. Read,
-classified and written 10,000 lines at a time, so a file of any length takes the same memory.
+One text a line, or, if the run was trained on pairs, two with a tab between; in the same order, one line
+each with the label and the probability of every class, softmax(logits / T) with the temperature T of
+the run. Read, classified and written 10,000 lines at a time: a file of any length takes the same memory.
 
 Exit status: 0 done, 2 bad input (one line says what; lines before it are written), 130 interrupted.
 """
@@ -34,8 +34,8 @@ def parse_args(argv=None):
                                      epilog="Example: echo 'the film was good .' | python predict.py RUN_DIR")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's folder, as train.py printed it")
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE",
-                        help="UTF-8 text, one sample a line (default: standard input)")
-    parser.add_argument("--pairs", action="store_true", help="a line is two texts with a tab between")
+                        help="UTF-8, one sample a line; the two texts of a pair with a tab between (default: "
+                             "standard input)")
     parser.add_argument("--format", choices=("tsv", "jsonl"), default="tsv",
                         help="tsv: a header, then label and one probability per class; jsonl: {label, "
                              "probabilities} (default: %(default)s)")
@@ -55,7 +55,8 @@ def read_texts(lines, name, pairs):
     for number, line in enumerate(decode_lines(lines, name), 1):
         cells = line.rstrip("\r\n").split("\t") if pairs else [line.rstrip("\r\n"), None]
         if len(cells) != 2:
-            raise ValueError(f"{name}, line {number}: {len(cells)} texts; --pairs expects two with a tab between")
+            raise ValueError(f"{name}, line {number}: {len(cells)} texts; this run was trained on pairs, so "
+                             "expected are two with a tab between")
         if any(text is not None and not text.strip() for text in cells):
             raise ValueError(f"{name}, line {number}: an empty text")
         yield *cells, 0
@@ -75,8 +76,12 @@ def write_predictions(out, labels, probabilities, form):
 def run(args):
     model, tokenizer, settings = load_classifier(args.run_dir)
     model.to(choose_device(args.device)[0])
+    if settings["data"] in ("wic", "wsc", "pubmed20k"):
+        tqdm.write(f"trained on {settings['data']}: give texts as data/corpora.py builds them", file=sys.stderr)
+    if sys.stdout is None or args.file is None and sys.stdin is None:
+        raise ValueError("standard input or output is closed")
     lines = sys.stdin.buffer if args.file is None else open(args.file, "rb")
-    rows = read_texts(lines, "standard input" if args.file is None else args.file, args.pairs)
+    rows = read_texts(lines, "standard input" if args.file is None else args.file, settings["pairs"])
     labels = settings["labels"]
     if args.format == "tsv":
         print("\t".join(["label", *labels]))

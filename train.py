@@ -89,7 +89,7 @@ def parse_args(argv=None):
     data.add_argument("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
     stage = parser.add_argument_group("FT stage (defaults depend on method, model and data, and are printed)")
     stage.add_argument("--epochs", type=int, metavar="N",
-                       help="the best by validation accuracy is kept (default: 10)")
+                       help="the best on validation is kept (default: 10)")
     stage.add_argument("--batch-size", type=int, metavar="N", help="samples per step")
     stage.add_argument("--lr", type=float, metavar="LR", help="learning rate at the first step")
     stage.add_argument("--ntk", type=int, nargs="?", const=250, metavar="N",
@@ -134,8 +134,8 @@ def check_flags(parser, args):
         parser.error("--lp-scoring has no effect: --lp-inverse-l2 fixes the penalty")
     positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train}
     for flag, value in positive.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            parser.error(f"{flag} is {value}; expected a number above 0")
+        if value is not None and not 0 < value < 1e15:
+            parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0")
     if args.max_length < 8:
         parser.error(f"--max-length is {args.max_length}; expected 8 or more")
     if not 0 <= args.seed < 2**32:
@@ -177,8 +177,11 @@ def choose_device(name):
     return torch.device(name), why
 
 
-def make_run_folder(args):
-    """Create --out, or runs/DATA-MODEL-METHOD-seedS with a number behind it if that is taken."""
+def claim_folders(args):
+    """Create --out, or runs/DATA-MODEL-METHOD-seedS with a number behind it, and --export.
+
+    Returns (metrics.jsonl, open for writing; the folders that were not there before).
+    """
     if args.out is None:
         name = "-".join([Path(args.data).name, Path(args.model).name, args.method]
                         + ["lora"] * args.lora + [f"seed{args.seed}"])
@@ -186,29 +189,56 @@ def make_run_folder(args):
         while args.out.exists():
             number += 1
             args.out = Path("runs") / f"{name}-{number}"
+    if args.export and args.export.resolve() == args.out.resolve():
+        raise ValueError(f"--export {args.export}: is also --out; expected another folder")
     for flag, folder in (("--export", args.export), ("--out", args.out)):
         if folder and (folder.is_file() or folder.is_dir() and any(folder.iterdir())):
             raise ValueError(f"{flag} {folder}: {'is a file' if folder.is_file() else 'holds something'} "
                              "already; expected a new or empty folder")
-    args.out.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in (args.out, args.export) if folder and not folder.exists()]
+    for folder in made:
+        folder.mkdir(parents=True)
+    # "x": of two commands that find the folder empty, one gets it
+    return open(args.out / "metrics.jsonl", "x", encoding="utf-8"), made
+
+
+def release_folders(out, made):
+    """After a failure before anything was measured, leave nothing that blocks the corrected command."""
+    if (out / "metrics.jsonl").stat().st_size == 0:
+        for name in ("metrics.jsonl", "config.json"):
+            (out / name).unlink(missing_ok=True)
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 # ---------------------------------------------------------------------------- one run
 
 
 def run(args):
-    """Load, probe, fine-tune, evaluate; returns the dict that result.json holds."""
-    started = time.perf_counter()
+    """One run in a folder that it holds alone; returns the dict that result.json holds."""
     device, why = choose_device(args.device)
     args.device = device.type
-    make_run_folder(args)  # before minutes of work, so that an unusable --out costs none
-    read_task(args.data, args.data_dir)  # refuses bad files before minutes of pre-training
-    encoder, tokenizer = load_pretrained(pretrain.tiny_encoder() if args.model == "tiny" else args.model)
+    log, made = claim_folders(args)  # before minutes of work, so that an unusable --out costs none
+    try:
+        with log:
+            return load_train_measure(args, device, why, log)
+    except BaseException:
+        release_folders(args.out, made)
+        raise
+
+
+def load_train_measure(args, device, why, log):
+    """Load, probe, fine-tune, evaluate, write."""
+    started = time.perf_counter()
+    rows = read_task(args.data, args.data_dir)  # refuses bad files before minutes of pre-training
+    folder = pretrain.tiny_encoder() if args.model == "tiny" else args.model
+    encoder, tokenizer = load_pretrained(folder)
     if args.max_length > encoder.config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
                          f"{encoder.config.max_length} tokens at most")
-    task = load_task(args.data, tokenizer, args.max_length, args.data_dir, args.max_train, args.seed)
-    refuse_unknown_words(args, task, tokenizer)
+    task = load_task(rows, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed)
+    refuse_what_does_not_fit(args, task, tokenizer, encoder.config)
     ntk_samples = pick_ntk_samples(args, task) if args.ntk else None
     print_configuration(args, why, task)
 
@@ -216,39 +246,46 @@ def run(args):
     model = Classifier(encoder, len(task.labels)).to(device)
     features_0 = {name: predict(model, split, desc=f"features of {name}")[0]
                   for name, split in task.splits.items()}  # phi_0(x), before anything moves
+    if not all(torch.isfinite(features).all() for features in features_0.values()):
+        raise ValueError(f"--model {args.model}: its features hold NaN or infinity; the checkpoint is damaged")
     result = {"method": args.method, "lora": args.lora, "seed": args.seed, "model": args.model,
               "data": args.data}
-    with open(args.out / "metrics.jsonl", "w", encoding="utf-8") as log:
-        norm_initial = 0.0  # LP starts from V = 0
-        if args.method != "ft":
-            result["lp"] = probe(args, model, task, features_0, log)
-        if args.method != "lp":
-            norm_initial = float(model.head.weight.detach().norm())
-            if args.lora:
-                add_lora(model.encoder, args.lora_r, args.lora_alpha)
-            if args.ntk:
-                result["ntk"] = ntk_stage(args, model, task, ntk_samples)
-            result["kept_epoch"] = fine_tune_stage(args, model, task, log)
-        else:
-            model.encoder.requires_grad_(False)
+    norm_initial = 0.0  # LP starts from V = 0
+    if args.method != "ft":
+        result["lp"] = probe(args, model, task, features_0, log)
+    if args.method != "lp":
+        norm_initial = float(model.head.weight.detach().norm())
+        if args.lora:
+            add_lora(model.encoder, args.lora_r, args.lora_alpha)
+        if args.ntk:
+            result["ntk"] = ntk_stage(args, model, task, ntk_samples)
+        result["kept_epoch"] = fine_tune_stage(args, model, task, log)
+    else:
+        model.encoder.requires_grad_(False)
     result |= evaluate(model, task, features_0)
     trainable, total = count_parameters(model)
     result |= {"head_norm_initial": norm_initial, "trainable_parameters": trainable,
                "total_parameters": total, "seconds": round(time.perf_counter() - started, 2)}
-    save_classifier(args.out, model, tokenizer, task.labels, result["temperature"], args.max_length)
-    if args.export:
-        export_classifier(args.export, model, tokenizer, task.labels, result["temperature"], args.model)
+    save_classifier(args.out, model, tokenizer, task, result["temperature"], args.max_length, args.data)
     write_json(args.out / "result.json", result)
+    if args.export:
+        export_classifier(args.export, model, tokenizer, task, result["temperature"], args.max_length, folder)
     print_table(args, result)
     return result
 
 
-def refuse_unknown_words(args, task, tokenizer):
-    """The tiny encoder knows the words of its own language: on other text it would see nothing."""
+def refuse_what_does_not_fit(args, task, tokenizer, config):
+    """Text of which the encoder knows too little: the tiny one knows the words of its own language alone."""
     unknown = float((task.splits["train"].ids == tokenizer.token_to_id("[UNK]")).mean())
     if args.model == "tiny" and unknown > 0.2:
         raise ValueError(f"--data {args.data}: {100 * unknown:.0f} % of its tokens are words that --model "
                          "tiny does not know; give --model a folder with a pre-trained checkpoint")
+    types = max(int(split.types.max()) for split in task.splits.values())
+    if 0 < config.type_vocab_size <= types:
+        raise ValueError(f"--model {args.model}: has {config.type_vocab_size} token type, but the tokenizer gives "
+                         f"the second text of a pair type {types}")
+    if args.lora and args.lora_r > config.hidden_size:
+        raise ValueError(f"--lora-r {args.lora_r}: more than the width {config.hidden_size} of {args.model}")
 
 
 def probe(args, model, task, features_0, log):
@@ -404,6 +441,9 @@ def print_table(args, result):
     line = [f"result: method={name} data={args.data} seed={args.seed}",
             f"val_accuracy={result['val_accuracy']:.4f}"]
     line += [f"{split}_accuracy={score:.4f}" for split, score in result["accuracy"].items()]
+    if result["metric"] != "accuracy":
+        scores = {"val": result[f"val_{result['metric']}"]} | result[result["metric"]]
+        line += [f"{split}_{result['metric']}={score:.4f}" for split, score in scores.items()]
     line += [f"{key}={result[key]:.4f}" for key in ("head_norm", "temperature", "seconds")]
     print(" ".join(line))
 
@@ -436,20 +476,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted", file=sys.stderr)
         status = 130
-    remove_if_nothing_was_measured(args.out)
     return status
-
-
-def remove_if_nothing_was_measured(out):
-    """Leave no run folder behind that would only block the corrected command."""
-    if out is None or not out.is_dir():
-        return
-    log = out / "metrics.jsonl"
-    if {path.name for path in out.iterdir()} <= {"config.json", log.name} and not (
-            log.is_file() and log.stat().st_size):
-        for path in out.iterdir():
-            path.unlink()
-        out.rmdir()
 
 
 if __name__ == "__main__":

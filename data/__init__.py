@@ -5,7 +5,7 @@
     task.splits["train"].batch([3, 1, 4]) -> ({input_ids, attention_mask, token_type_ids}, labels)
 
 `data.tiny` generates the embedded benchmark, `data.readers` reads files of your own, `data.corpora` the
-paper's. Rows pass one by one: files are read twice, to check them and to tokenize, and no text is kept.
+paper's. Rows pass one by one, first to be checked, then to be tokenized: no text is kept.
 Shapes: N samples, L tokens of the longest sample in the batch.
 """
 
@@ -28,6 +28,7 @@ class Task:
     splits: dict  # {name: Split}
     labels: list  # class names, by class index
     metric: str = "accuracy"  # by which epochs are chosen and methods compared; or "matthews"
+    pairs: bool = False  # whether a sample is two texts
 
     @property
     def test_names(self):
@@ -106,9 +107,10 @@ class Rows:
 
     splits: dict  # {name: (function that yields (where, text_a, text_b or None, label), wanted rows)}
     indices: dict  # {name: class index of each wanted row, (N,)}
-    labels: list  # class names, by class index
-    index: dict  # {label in the file: class index}
+    labels: dict  # {label in the file: name}, by class index
     metric: str
+    pairs: bool
+    name: str  # of the task or its folder
 
 
 def read_task(name_or_directory, data_dir=None):
@@ -118,82 +120,83 @@ def read_task(name_or_directory, data_dir=None):
     """
     from data import tiny  # here, so that `python -m data.tiny` does not import it twice
 
-    known, metric = None, "accuracy"  # known: {label in the file: name}, or whatever train holds
+    labels, metric = None, "accuracy"
     if name_or_directory in tiny.TRAIN_SIZES:
-        known = {name: name for name in tiny.LABELS}
-        sources = {split: partial(tiny_rows, samples, tiny.LABELS)
-                   for split, samples in tiny.load(name_or_directory).items()}
+        labels = {name: name for name in tiny.LABELS}
+        sources = {split: partial(tiny_rows, samples) for split, samples in tiny.load(name_or_directory).items()}
     elif name_or_directory in corpora.CORPORA:
         corpus = corpora.CORPORA[name_or_directory]
-        known, metric = corpus.labels, corpus.metric
+        labels, metric = corpus.labels, corpus.metric
         sources = corpora.corpus_sources(name_or_directory, data_dir or "datasets")
     else:
         sources = readers.folder_sources(Path(name_or_directory))
-    index = {label: i for i, label in enumerate(known or {})}
-    indices = {"train": read_labels(sources["train"], index, grow=known is None)}
-    if known is None:  # labels are now in the order in which they were seen
-        order = readers.sort_labels(index)
-        indices["train"] = np.array([order.index(label) for label in index])[indices["train"]]
-        index = {label: i for i, label in enumerate(order)}
-    for split in sources:
-        if split != "train":
-            indices[split] = read_labels(sources[split], index, grow=False)
+        labels = {name: name for name in readers.sort_labels({row[3] for row in sources["train"]()})}
+    _, pairs = read_labels(sources["train"], labels, None)
+    indices = {split: read_labels(source, labels, pairs)[0] for split, source in sources.items()}
     splits = {split: (source, np.arange(len(indices[split]))) for split, source in sources.items()}
     if "val" not in splits:
         (source, rows), found = splits["train"], indices["train"]
         kept = len(rows) - len(rows) // 10  # the last tenth, unshuffled
-        if kept == len(rows):
-            where = next(source())[0]
-            raise ValueError(f"{where}: a training file of {kept} rows is too short to set a tenth aside for "
-                             "validation; expected 10 or more, or a val file")
+        if len(set(found[kept:])) < 2:
+            *_, (where, *_) = source()
+            raise ValueError(f"{where}: the end; there is no val file, and the last tenth of the {len(rows)} rows, "
+                             "to be validation, has fewer than two classes; shuffle the rows or add a val file")
         splits["train"], splits["val"] = (source, rows[:kept]), (source, rows[kept:])
         indices["train"], indices["val"] = found[:kept], found[kept:]
     order = dict.fromkeys(name for name in ("train", "val", "test", *splits) if name in splits)
-    return Rows({name: splits[name] for name in order}, indices, [(known or {}).get(x, x) for x in index],
-                index, metric)
+    return Rows({name: splits[name] for name in order}, indices, labels, metric, pairs,
+                str(name_or_directory))
 
 
-def tiny_rows(samples, names):
+def tiny_rows(samples):
+    from data.tiny import LABELS
+
     for text, label in samples:
-        yield "", text, None, names[label]
+        yield "", text, None, LABELS[label]
 
 
-def read_labels(source, index, grow):
-    """Class index of every row; with `grow`, a new label enters `index`, else it is refused."""
-    found = array("q")
-    for where, _, _, label in source():
+def read_labels(source, labels, pairs):
+    """(class index of each row, whether it is pairs); `pairs`, if not None, says what it has to be."""
+    index, found = {label: i for i, label in enumerate(labels)}, array("q")
+    for where, _, text_b, label in source():
+        pairs = text_b is not None if pairs is None else pairs
+        if (text_b is not None) != pairs:
+            raise ValueError(f"{where}: {'one text' if pairs else 'two texts'}, where the first training row has "
+                             f"{'two' if pairs else 'one'}")
         if label not in index:
-            if not grow:
-                raise ValueError(f"{where}: label {label!r}; expected one of {', '.join(index)}")
-            index[label] = len(index)
+            raise ValueError(f"{where}: label {label[:60]!r}; expected one of {readers.listing(labels)}")
         found.append(index[label])
     if not found:
         raise ValueError(f"{source.args[0]}, line 1: no rows of text up to the end of the file")
     if len(index) < 2:
         raise ValueError(f"{where}: up to here, the end, the only label is {label!r}; expected two or more")
-    return np.asarray(found, np.int64)
+    return np.asarray(found, np.int64), pairs
 
 
 def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0):
     """A Task by name (tiny, tiny-plain, or one of corpora.CORPORA below data_dir), or of a folder.
 
-    max_train keeps that many training samples, drawn with `seed`, in their original order.
-    Raises ValueError or FileNotFoundError that names the file, the line and what was expected.
+    max_train keeps that many training samples, drawn with `seed`, in their original order. Instead of a
+    name, Rows that read_task has checked. Raises ValueError or FileNotFoundError that names the file,
+    the line and what was expected.
     """
-    rows = read_task(name_or_directory, data_dir)
-    source, train = rows.splits["train"]
+    rows = name_or_directory
+    if not isinstance(rows, Rows):
+        rows = read_task(name_or_directory, data_dir)
+    splits, names = dict(rows.splits), list(rows.labels.values())
+    source, train = splits["train"]
     if max_train is not None and max_train < len(train):
         generator = torch.Generator().manual_seed(seed)
         train = train[torch.randperm(len(train), generator=generator)[:max_train].sort().values.numpy()]
-        rows.splits["train"] = source, train
-    missing = set(range(len(rows.labels))) - set(rows.indices["train"][train].tolist())
+        splits["train"] = source, train
+    missing = set(range(len(names))) - set(rows.indices["train"][train].tolist())
     if missing:
-        names = ", ".join(rows.labels[i] for i in sorted(missing))
-        raise ValueError(f"{name_or_directory}: the {len(train)} training samples have no {names}; every "
-                         "class needs samples there")
-    splits = {name: encode(tokenizer, pick(source, wanted, rows.index), max_length)
-              for name, (source, wanted) in rows.splits.items()}
-    return Task(splits, rows.labels, rows.metric)
+        raise ValueError(f"{rows.name}: the {len(train)} training samples have no "
+                         f"{readers.listing([names[i] for i in sorted(missing)])}; every class needs samples there")
+    index = {label: i for i, label in enumerate(rows.labels)}
+    encoded = {name: encode(tokenizer, pick(source, wanted, index), max_length)
+               for name, (source, wanted) in splits.items()}
+    return Task(encoded, names, rows.metric, rows.pairs)
 
 
 def pick(source, wanted, index):

@@ -9,6 +9,7 @@ Splits (paper.md Sec. 2): test is the original validation file, as SuperGLUE and
 of theirs; validation is the last tenth of train. MRPC, BOSS and PubMed have a labelled test file.
 """
 
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ class Corpus:
     read: Callable  # path -> yields (where, text_a, text_b or None, label)
     labels: dict  # {label in the file: name}, in the order of the class indices
     metric: str = "accuracy"
+    by_hand: str = ""  # where to get it, if no program can
 
 
 def superglue_rows(path, build):
@@ -61,7 +63,6 @@ def pronoun(where, row):
 
 def plain_rows(path, columns, header):
     """Tab-separated without quoting. `columns` by name; `header`: whether line 1 holds their names."""
-    line = None
     for number, line in enumerate(readers.read_lines(path), 1):
         where, cells = f"{path}, line {number}", line.rstrip("\r\n").split("\t")
         if len(cells) != len(columns):
@@ -135,7 +136,9 @@ CORPORA = {
     "amazon": Corpus("boss", {"train": "amazon/train.tsv", "test": "amazon/test.tsv",
                               "dynasent": "dynasent/test.tsv", "semeval": "semeval/test.tsv",
                               "sst5": "sst5/test.tsv"},
-                     readers.read_rows, {"0": "negative", "1": "positive", "2": "neutral"}),
+                     readers.read_rows, {"0": "negative", "1": "positive", "2": "neutral"},
+                     by_hand="BOSS is linked from github.com/lifan-yuan/OOD_NLP; its sentiment folders are "
+                             "amazon, dynasent, semeval, sst5"),
     "pubmed20k": Corpus("pubmed-rct", {split: f"PubMed_20k_RCT/{file}.txt" for split, file in
                                        (("train", "train"), ("val", "dev"), ("test", "test"))},
                         pubmed_rows, {name: name for name in PUBMED_LABELS}),
@@ -145,13 +148,10 @@ CORPORA = {
 def corpus_sources(name, data_dir):
     """{split: function that yields its rows} of a data set by name; FileNotFoundError says how to get it."""
     corpus, data_dir = CORPORA[name], Path(data_dir)
-    missing = []
-    for folder in (data_dir / corpus.group, data_dir):
+    for folder in (data_dir, data_dir / corpus.group):
         absent = [file for file in corpus.files.values() if not (folder / file).is_file()]
         if not absent:
             return {split: partial(corpus.read, folder / file) for split, file in corpus.files.items()}
-        missing.append(absent)
-    folder, absent = min(zip((data_dir / corpus.group, data_dir), missing), key=lambda pair: len(pair[1]))
-    raise FileNotFoundError(f"--data {name}: {folder} has no {', '.join(absent)}; give the folder with "
-                            f"--data-dir, or get the files with: python -m data.download {name} --data-dir "
-                            f"{data_dir}")
+    how = corpus.by_hand or f"python -m data.download {name} --data-dir {shlex.quote(str(data_dir))}"
+    raise FileNotFoundError(f"--data {name}: {folder} has no {', '.join(absent)}; give the folder above with "
+                            f"--data-dir, or get the files: {how}")

@@ -16,11 +16,14 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
+from data import read_labels
 from data.corpora import CORPORA
 
 SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
@@ -58,21 +61,19 @@ SOURCES = {
                          (("train", "train"), ("val", "dev"), ("test", "test"))},
                         {"train": 180040, "val": 30212, "test": 30135}),
 }
-BY_HAND = {"amazon": "BOSS is linked from github.com/lifan-yuan/OOD_NLP; unpack its sentiment folders "
-                     "(amazon, dynasent, semeval, sst5) into {folder}"}
 
 
 def download(name, data_dir, sources=SOURCES):
     """Put the files of one data set below `data_dir`; ValueError or OSError with nothing changed."""
     corpus = CORPORA[name]
     folder = Path(data_dir) / corpus.group
-    if name in BY_HAND:
-        raise ValueError(f"{name}: its publishers give no address that a program can fetch; "
-                         + BY_HAND[name].format(folder=folder))
     absent = {split: file for split, file in corpus.files.items() if not (folder / file).is_file()}
     if not absent:
         print(f"{name}: already in {folder}")
         return
+    if corpus.by_hand:
+        raise ValueError(f"{name}: its publishers give no address that a program can fetch; {corpus.by_hand}; put "
+                         f"these into {folder}")
     source = sources[name]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
@@ -81,10 +82,14 @@ def download(name, data_dir, sources=SOURCES):
         if "" in fetched:
             fetched = unpack(fetched[""], source.urls[""], absent, Path(temporary))
         for split, path in fetched.items():
-            found = sum(1 for _ in corpus.read(path))  # every row is checked on the way
+            url = source.urls.get(split) or source.urls[""]
+            try:
+                found = len(read_labels(partial(corpus.read, path), corpus.labels, None)[0])
+            except ValueError as error:
+                raise ValueError(f"{url}: {corpus.files[split]} is not as expected: "
+                                 f"{str(error).removeprefix(f'{path}, ')}") from None
             if found != source.rows[split]:
-                raise ValueError(f"{name}: {corpus.files[split]} from {next(iter(source.urls.values()))} has {found} "
-                                 f"rows; expected {source.rows[split]}")
+                raise ValueError(f"{url}: {corpus.files[split]} has {found} rows; expected {source.rows[split]}")
         for split, path in fetched.items():
             (folder / absent[split]).parent.mkdir(parents=True, exist_ok=True)
             path.replace(folder / absent[split])
@@ -120,7 +125,7 @@ def unpack(archive, url, wanted, folder):
             found = {split: folder / f"{split}{Path(member).suffix}" for split, member in wanted.items()}
             for split, member in wanted.items():
                 found[split].write_bytes(opened.read(member))  # the path is ours: no member picks its own
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{url}: not the archive that was expected ({error})") from None
     return found
 
@@ -131,6 +136,7 @@ def main(argv=None):
     parser.add_argument("names", nargs="+", choices=CORPORA, metavar="NAME", help=", ".join(CORPORA))
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), metavar="DIR",
                         help="where to put them (default: %(default)s)")
+    parser.error = lambda message: parser.exit(2, f"data.download: error: {message}\n")
     args = parser.parse_args(argv)
     for name in args.names:
         try:

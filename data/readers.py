@@ -12,9 +12,12 @@ its val.jsonl is the test set, as in the paper, because the original test.jsonl 
 
 import csv
 import json
+import re
+import sys
 from functools import partial
 
 FORMATS = (".tsv", ".csv", ".jsonl")
+csv.field_size_limit(sys.maxsize)  # a text may be long
 
 
 def folder_sources(folder):
@@ -30,19 +33,19 @@ def folder_sources(folder):
 
 def find_files(folder):
     """{split: path} of the files with a name that means something; OOD splits lose their `ood_`."""
-    paths = {}
-    for path in sorted(folder.iterdir()):
-        ood = path.stem.startswith("ood_")
-        if path.suffix not in FORMATS or not (ood or path.stem in ("train", "val", "test")):
-            continue
+    paths, own = {}, ("train", "val", "test")
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS):
         split = path.stem.removeprefix("ood_")
-        if split in paths or (ood and split in ("", "train", "val", "test")):
-            raise ValueError(f"{path}: a second file for the split {split!r}, or a name that ood_NAME may "
-                             "not take (train, val, test)")
+        ood = split != path.stem and split not in own and re.fullmatch(r"[\w-]+", split)
+        if not (path.stem in own or ood) or path.suffix not in FORMATS:
+            raise ValueError(f"{path}: not a name that is read; expected train, val, test or ood_NAME (NAME of "
+                             "letters, digits, _ and -) with .tsv, .csv or .jsonl")
+        if split in paths:
+            raise ValueError(f"{path}: a second file for the split {split}; the first is {paths[split].name}")
         paths[split] = path
     if "train" not in paths:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(f"{folder}: no train.tsv, train.csv or train.jsonl; found {found}")
+        raise FileNotFoundError(f"{folder}: no train.tsv, train.csv or train.jsonl; found "
+                                + listing(sorted(path.name for path in folder.iterdir())))
     return paths
 
 
@@ -65,41 +68,40 @@ def read_rows(path):
             if all(name in row for name in columns):
                 break
         else:
-            raise ValueError(f"{where}: columns {', '.join(row) or 'none'}; expected text, or text_a "
-                             "and text_b, and label")
+            raise ValueError(f"{where}: columns {listing(row)}; expected text, or text_a and text_b, and label")
         yield where, *texts_of(where, row, *columns), label_of(where, row)
 
 
 def texts_of(where, row, name_a, name_b=None):
-    """(text_a, text_b or None) from the columns of these names."""
+    """(text_a, text_b or None) from the columns of these names, or of one alone."""
     texts = []
     for name in filter(None, (name_a, name_b)):
         text = row.get(name)
         if name not in row:
-            raise ValueError(f"{where}: columns {', '.join(row) or 'none'}; there is no {name}")
+            raise ValueError(f"{where}: columns {listing(row)}; there is no {name}")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: {name} is {text!r}; expected a text that is not empty")
-        if not text.isprintable():  # json can hold half a surrogate pair, which is not text
-            check_unicode(where, name, text)
+            raise ValueError(f"{where}: {name} is {repr(text)[:60]}; expected a text that is not empty")
+        if re.search("[\ud800-\udfff]", text):  # JSON can hold half of a pair
+            raise ValueError(f"{where}: {name} holds a lone surrogate, which is no character")
         texts.append(text)
-    return (texts + [None])[:2]
-
-
-def check_unicode(where, name, text):
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: {name} holds a lone surrogate, which is no character") from None
+    return texts if len(texts) == 2 else [*texts, None]
 
 
 def label_of(where, row):
+    """The label as a string; it will stand in tables, so it holds no control characters."""
     if "label" not in row:
-        raise ValueError(f"{where}: columns {', '.join(row) or 'none'}; there is no label")
+        raise ValueError(f"{where}: columns {listing(row)}; there is no label")
     label = row["label"]
-    if not isinstance(label, (str, int)) or str(label).strip() == "":
-        raise ValueError(f"{where}: label is {label!r}; expected an integer or a string")
-    check_unicode(where, "label", str(label))
+    if not isinstance(label, (str, int)) or not str(label).strip() or re.search(
+            "[\x00-\x1f\ud800-\udfff]", str(label).strip()):
+        raise ValueError(f"{where}: label is {repr(label)[:60]}; expected an integer or a line of text")
     return str(label).strip()
+
+
+def listing(names):
+    """Names for a message of one line."""
+    names = [name if name.isprintable() else repr(name) for name in map(str, names)]
+    return ", ".join(name[:40] for name in names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8) or "none"
 
 
 def read_lines(path):
@@ -128,12 +130,16 @@ def read_jsonl(path):
             raise ValueError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        yield where, {name.strip().lower(): value for name, value in row.items()}
+        found = {name.strip().lower(): value for name, value in row.items()}
+        if len(found) < len(row):
+            raise ValueError(f"{where}: two of the names {listing(row)} differ in case alone")
+        yield where, found
 
 
 def read_table(path):
     """Yield (where, {column: cell}) for every row of a .tsv or .csv file with a header line."""
-    reader = csv.reader(read_lines(path), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    tabs = path.suffix == ".tsv"
+    reader = csv.reader(read_lines(path), delimiter="\t" if tabs else ",", strict=True)
     header = None
     try:
         for cells in reader:
@@ -144,14 +150,19 @@ def read_table(path):
                 header = [name.strip().lower() for name in cells]
                 twice = [name for name in header if header.count(name) > 1]
                 if twice:
-                    raise ValueError(f"{where}: the header has two columns {twice[0]!r}")
+                    raise ValueError(f"{where}: the header has two columns {twice[0][:60]!r}")
                 continue
+            if tabs and any(mark in cell for cell in cells for mark in "\t\r\n"):
+                raise ValueError(f"{where}: a cell that began with a quote went on over a tab or a line; double its "
+                                 "quotes and put it in quotes, or use .jsonl")
             if len(cells) != len(header):
                 raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)}")
             yield where, dict(zip(header, cells))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error} (a cell may be quoted, \"...\", with "
-                         "quotes inside doubled)") from None
+        why = "(a cell may be quoted, \"...\", with quotes inside doubled)"
+        if "new-line character" in str(error):
+            error, why = "a carriage return alone", "does not end a line; expected LF or CR LF"
+        raise ValueError(f"{path}, line {reader.line_num}: {error} {why}") from None
 
 
 def sort_labels(labels):

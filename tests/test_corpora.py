@@ -84,15 +84,16 @@ def test_counts_by_split_and_class_of_the_real_files(name):
     if not SHARED.is_dir():
         pytest.skip(f"no real data: {SHARED} does not exist")
     rows, corpus = read_task(name, SHARED), CORPORA[name]
+    names = list(rows.labels.values())
     sizes = {split: len(indices) for split, indices in rows.indices.items()}
     assert sizes["train"] + sizes["val"] == ROWS[name][0] and sizes["val"] == ROWS[name][0] // 10
     assert [size for split, size in sizes.items() if split not in ("train", "val")] == list(ROWS[name][1:])
     assert rows.metric == ("matthews" if name == "cola" else "accuracy")
     for split, file in corpus.files.items():
         labels = [corpus.labels[label] for label in direct_read(SHARED / corpus.group / file)]
-        found = [rows.labels[i] for i in rows.indices[split]]
+        found = [names[i] for i in rows.indices[split]]
         if split == "train":
-            found += [rows.labels[i] for i in rows.indices["val"]]
+            found += [names[i] for i in rows.indices["val"]]
         assert found == labels
         print(name, split, dict(collections.Counter(labels)))
     where, text_a, text_b, label = next(rows.splits["train"][0]())
@@ -117,8 +118,8 @@ def test_missing_files_say_where_they_were_looked_for_and_how_to_get_them(tmp_pa
 
 # ------------------------------------------------------------------------------------ malformed files
 
-BYTES = [  # spoil any text file: (bytes put behind the first good line, line that is reported)
-    (b"\xff\xfe broken\n", 1), (b"caf\xe9\n", 1), (b"\xc3", 1), (b"good\n\x80\n", 1), (b"\xed\xa0\x80\n", 1),
+BYTES = [  # lines that are not UTF-8
+    b"\xff\xfe broken\n", b"caf\xe9\n", b"\xc3\n", b"\x80\n", b"\xed\xa0\x80\n",
 ]
 JSON = ['{"text": ', "not json", "[1, 2]", '"text"', "5", "null", "{'a': 1}", "{}", '{"label": }', "\x00",
         "[" * 100_000]
@@ -165,19 +166,21 @@ READERS = ["cb", "boolq", "wic", "wsc", "cola", "mrpc", "sst2", "amazon", "pubme
 @pytest.mark.parametrize("name", READERS)
 def test_every_malformed_line_ends_in_one_line_and_status_2(name, random_folder, tmp_path, capsys):
     """At least twenty for each reader; the message names the file and the line."""
-    good, cases = EXAMPLES[name][0], [(text.encode("utf-8", "surrogatepass") + b"\n", 1)
-                                      for text in spoiled_lines(name)] + BYTES
+    good = EXAMPLES[name][0]
+    cases = [text.encode("utf-8", "surrogatepass") + b"\n" for text in spoiled_lines(name)] + BYTES
     assert len(cases) >= 20
-    for i, (spoiled, _) in enumerate(cases):
+    for i, spoiled in enumerate(cases):
         folder = tmp_path / str(i)
         write_corpus(folder, name, [good] * 12)
         path = folder / CORPORA[name].group / CORPORA[name].files["train"]
-        path.write_bytes(path.read_bytes() + spoiled + good.encode() + b"\n")
-        check_refusal(["--data", name, "--data-dir", str(folder)], path, random_folder, tmp_path, capsys, spoiled)
+        line = 13 + (name in HEADERS) + spoiled.count(b"\n") - 1
+        path.write_bytes(path.read_bytes() + spoiled + (good.encode() + b"\n") * (b'"' not in spoiled))
+        check_refusal(["--data", name, "--data-dir", str(folder)], path, random_folder, tmp_path, capsys, spoiled,
+                      line)
 
 
-OWN = {"own.csv": "text,label\n" + "good,x\nbad,y\n" * 6, "own.tsv": "text\tlabel\n" + "good\tx\nbad\ty\n" * 6,
-       "own.jsonl": '{"text": "good", "label": "x"}\n{"text": "bad", "label": "y"}\n' * 6}
+OWN = {"own.csv": "text,label\n" + "good,x\nbad,y\n" * 10, "own.tsv": "text\tlabel\n" + "good\tx\nbad\ty\n" * 10,
+       "own.jsonl": '{"text": "good", "label": "x"}\n{"text": "bad", "label": "y"}\n' * 10}
 BAD_CSV = ["a", "a,", ",x", " ,x", "a, ", "a,x,y", ",", ",,", '"a,x', '"a"b,x', '"', '"a","x', "a;x", "a\tx",
            '"a"" ,x', '" ",x', "{}", "0", '"a\nb,x', "a,x,"]
 
@@ -189,13 +192,14 @@ def test_every_malformed_line_of_your_own_files_ends_in_one_line_and_status_2(na
                                            for text in BAD_CSV if text != "a\tx"] + ["a,x"],
            "own.jsonl": [text for text in spoiled_lines("own.jsonl")
                          if json_label(text) not in ("other", 7)]}[name]  # labels of your own are free
-    cases = [text.encode("utf-8", "surrogatepass") + b"\n" for text in bad] + [b for b, _ in BYTES]
+    cases = [text.encode("utf-8", "surrogatepass") + b"\n" for text in bad] + BYTES
     assert len(cases) >= 20
     for i, spoiled in enumerate(cases):
         path = tmp_path / str(i) / name.replace("own", "train")
         path.parent.mkdir()
         path.write_bytes(OWN[name].encode() + spoiled)
-        check_refusal(["--data", str(path.parent)], path, random_folder, tmp_path, capsys, spoiled)
+        line = OWN[name].count("\n") + spoiled.count(b"\n")
+        check_refusal(["--data", str(path.parent)], path, random_folder, tmp_path, capsys, spoiled, line)
 
 
 def json_label(text):
@@ -206,13 +210,18 @@ def json_label(text):
 
 
 WHOLE_FILES = [  # no row at all, a header that is not one, a single class, labels that do not fit
-    ("train.csv", "", "line 1"), ("train.csv", "\n\n", "line 1"), ("train.csv", "text,label\n", "line 1"),
-    ("train.csv", "text,text,label\na,b,x\n", "line 1"), ("train.csv", "a,b\n1,2\n", "line 2"),
-    ("train.csv", "text,label\na,x\nb,x\n", "line 3"), ("train.csv", "text_a,label\na,x\n", "line 2"),
-    ("train.csv", "text,label\na,x\nb,y\n", "line 2"),  # too few for a tenth
-    ("train.jsonl", "", "line 1"), ("train.jsonl", " \n", "line 1"),
-    ("test.csv", "text,label\na,z\n", "line 2"), ("test.csv", "text,label\n", "line 1"),
-    ("val.csv", "text,label\na,x\n,y\n", "line 3"), ("ood_web.csv", "text,label\na,X\n", "line 2"),
+    ("train.csv", "", 1), ("train.csv", "\n\n", 1), ("train.csv", "text,label\n", 1),
+    ("train.csv", "text,text,label\na,b,x\n", 1), ("train.csv", "a,b\n1,2\n", 2),
+    ("train.csv", "text,label\na,x\nb,x\n", 3), ("train.csv", "text_a,label\na,x\n", 2),
+    ("train.csv", "text,label\na,x\nb,y\n", 3),  # too few for a tenth
+    ("train.jsonl", "", 1), ("train.jsonl", " \n", 1),
+    ("train.csv", "text,label\n" + "a,x\n" * 30 + "b,y\n" * 30, 61),  # validation would be one class
+    ("train.tsv", 'text\tlabel\n"good\tx\nbad"\ty\n', 3),  # the quotes belong to the text
+    ("train.tsv", 'text\tlabel\n"a"\tx\n"good\tx"\ty\n', 3), ("train.csv", "text,label\ra,x\rb,y\r", 1),
+    ("train.jsonl", '{"text": "a", "Text": "b", "label": 0}\n', 1),
+    ("train.jsonl", '{"te\\nxt": "a", "label": 0}\n', 1), ("train.jsonl", '{"text": "a", "label": "x\\ty"}\n', 1),
+    ("test.csv", "text_a,text_b,label\na,b,x\n", 2), ("test.csv", "text,label\na,z\n", 2), ("test.csv", "text,label\n", 1),
+    ("val.csv", "text,label\na,x\n,y\n", 3), ("ood_web.csv", "text,label\na,X\n", 2),
 ]
 
 
@@ -226,15 +235,33 @@ def test_a_file_that_is_wrong_as_a_whole(file, content, line, random_folder, tmp
                   content, line)
 
 
-def check_refusal(arguments, path, random_folder, tmp_path, capsys, spoiled, line="line "):
+@pytest.mark.parametrize("file", ["dev.csv", "TEST.csv", "test.CSV", "ood_.csv", "ood_val.csv", "ood_my web.csv",
+                                  "train.tsv", "notes.jsonl"])
+def test_a_file_that_would_not_be_read_is_refused_by_name(file, random_folder, tmp_path, capsys):
+    for name in ("train.csv", file):
+        (tmp_path / name).write_text(OWN["own.csv"])
+    assert train.main(["--data", str(tmp_path), "--model", str(random_folder), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and f"{tmp_path / file}: " in error
+
+
+def test_three_thousand_labels_make_no_message_of_three_thousand_names(tmp_path):
+    rows = "".join(f"a,{i}\nb,{i}\n" for i in range(3000))
+    (tmp_path / "train.csv").write_text("text,label\n" + rows)
+    (tmp_path / "test.csv").write_text("text,label\na,x\n")
+    with pytest.raises(ValueError, match="expected one of 0, 1, 2, 3, 4, 5, 6, 7 and 2992 more"):
+        read_task(tmp_path)
+
+
+def check_refusal(arguments, path, random_folder, tmp_path, capsys, spoiled, line):
     arguments = [*arguments, "--model", str(random_folder), "--out", str(tmp_path / "run")]
     assert train.main(arguments) == 2, spoiled
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and f"{path}, {line}" in error, (spoiled, error)
+    assert len(error.splitlines()) == 1 and f"{path}, line {line}:" in error, (spoiled, error)
     assert not (tmp_path / "run").exists()
 
 
 def test_headers_in_any_case_and_order(tmp_path):
-    (tmp_path / "train.tsv").write_bytes(("\ufeffLABEL\tid\tText\r\n" + "x\t1\tgood\r\ny\t2\tbad\r\n" * 5).encode())
+    (tmp_path / "train.tsv").write_bytes(("\ufeffLABEL\tid\tText\r\n" + "x\t1\tgood\r\ny\t2\tbad\r\n" * 10).encode())
     rows = list(read_task(tmp_path).splits["train"][0]())
     assert [row[1:] for row in rows[:2]] == [("good", None, "x"), ("bad", None, "y")]

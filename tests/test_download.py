@@ -42,11 +42,11 @@ def server():
 LINE = '{"premise": "It may rain.", "hypothesis": "It rains.", "label": "neutral", "idx": 0}\n'
 
 
-def make_archive(train=3, val=2, members=("CB/train.jsonl", "CB/val.jsonl")):
+def make_archive(train=3, val=2, members=("CB/train.jsonl", "CB/val.jsonl"), line=LINE, compression=zipfile.ZIP_STORED):
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
         for member, count in zip(members, (train, val)):
-            archive.writestr(member, LINE * count)
+            archive.writestr(member, line * count)
     return buffer.getvalue()
 
 
@@ -55,7 +55,9 @@ def cb(base):
 
 
 def left(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Files, and folders that begin with a dot: the temporary ones."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")
+                  if path.is_file() or path.name.startswith("."))
 
 
 def test_an_archive_is_unpacked_counted_and_put_in_place(server, tmp_path, capsys):
@@ -85,6 +87,9 @@ def test_a_file_that_is_there_is_not_touched(server, tmp_path):
     (b"<html>Sign in</html>", 0, "not the archive"),
     (make_archive(members=("DB/train.jsonl", "DB/val.jsonl")), 0, "not the archive"),
     (make_archive(train=2), 0, "has 2 rows; expected 3"),
+    (make_archive(line=LINE.replace("neutral", "maybe")), 0, "CB.zip: CB/train.jsonl is not as expected: line 1"),
+    (make_archive(line="<html>"), 0, "CB.zip: CB/train.jsonl is not as expected: line 1"),
+    (make_archive(compression=zipfile.ZIP_DEFLATED).replace(b"\x0a", b"\x0b"), 0, "not the archive"),
     (None, 0, "Not Found"),
 ])
 def test_a_cut_or_wrong_transfer_leaves_nothing(server, tmp_path, content, excess, message):
@@ -143,7 +148,7 @@ def test_every_data_set_has_an_address_over_https_or_a_word_why_not(tmp_path, ca
     for name, corpus in CORPORA.items():
         if name == "amazon":
             assert download_file.main([name, "--data-dir", str(tmp_path)]) == 2
-            assert "by hand" not in capsys.readouterr().err
+            assert "github.com" in capsys.readouterr().err
             continue
         assert all(url.startswith("https://") for url in SOURCES[name].urls.values())
         assert SOURCES[name].rows.keys() == corpus.files.keys()

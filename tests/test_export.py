@@ -2,7 +2,10 @@
 
 import io
 import json
+import math
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -87,6 +90,11 @@ def test_the_adapter_opens_in_peft_over_the_original_encoder(run, random_folder)
 # ------------------------------------------------------------------------------------ predict.py
 
 
+def edit_settings(folder, **changes):
+    content = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps(content | changes))
+
+
 class Stdin:
     def __init__(self, content):
         self.buffer = io.BytesIO(content)
@@ -113,32 +121,42 @@ def test_order_is_kept_across_chunks_and_lengths(run, monkeypatch, capsys):
     assert alone["probabilities"] == pytest.approx(outputs[0][17]["probabilities"], abs=2e-6)
 
 
-def test_a_pair_is_read_as_in_training(run, monkeypatch, capsys):
-    folder, _ = run
+@pytest.fixture
+def pair_run(run, tmp_path):
+    """A copy of the run that says that it was trained on pairs."""
+    for path in run[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content = json.loads((tmp_path / "classifier.json").read_text())
+    (tmp_path / "classifier.json").write_text(json.dumps(content | {"pairs": True}))
+    return tmp_path
+
+
+def test_a_pair_is_read_as_in_training(pair_run, monkeypatch, capsys):
+    folder = pair_run
     model, tokenizer, settings = load_classifier(folder)
     batch, _ = encode(tokenizer, [(TEXTS[0], TEXTS[1], 0)], 128).batch([0])
     with torch.no_grad():
         expected = (model(**batch) / settings["temperature"]).softmax(1)[0].tolist()
     monkeypatch.setattr(sys, "stdin", Stdin(f"{TEXTS[0]}\t{TEXTS[1]}\r\n".encode()))
     capsys.readouterr()
-    assert predict.main([str(folder), "--pairs"]) == 0
+    assert predict.main([str(folder)]) == 0
     cells = capsys.readouterr().out.splitlines()[1].split("\t")
     assert [float(cell) for cell in cells[1:]] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("content, flags, message", [
-    (b"good\n\nbad\n", [], "standard input, line 2: an empty text"),
+    (b"good\tbad\n\nbad\n", [], "standard input, line 2: an empty text"),
     (b"good\n\xff\n", [], "standard input, line 2: not UTF-8"),
-    (b"a\tb\nc\n", ["--pairs"], "standard input, line 2: 1 texts"),
-    (b"a\tb\tc\n", ["--pairs"], "standard input, line 1: 3 texts"),
-    (b"a\t \n", ["--pairs"], "standard input, line 1: an empty text"),
+    (b"a\tb\nc\n", ["pairs"], "standard input, line 2: 1 texts"),
+    (b"a\tb\tc\n", ["pairs"], "standard input, line 1: 3 texts"),
+    (b"a\t \n", ["pairs"], "standard input, line 1: an empty text"),
     (b"a\n", ["--batch-size", "0"], "--batch-size is 0"),
 ])
-def test_a_bad_line_ends_in_one_line_and_what_came_before_is_written(run, content, flags, message, monkeypatch,
-                                                                     capfd):
+def test_a_bad_line_ends_in_one_line_and_what_came_before_is_written(run, pair_run, content, flags, message,
+                                                                     monkeypatch, capfd):
     monkeypatch.setattr(sys, "stdin", Stdin(content))
     try:
-        status = predict.main([str(run[0]), *flags])
+        status = predict.main([str(pair_run)] if flags == ["pairs"] else [str(run[0]), *flags])
     except SystemExit as end:
         status = end.code
     out, error = capfd.readouterr()
@@ -157,6 +175,13 @@ def test_a_bad_line_ends_in_one_line_and_what_came_before_is_written(run, conten
     (lambda folder: safetensors.torch.save_file({"head.bias": torch.zeros(3)}, folder / "model.safetensors"),
      "does not fit"),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    (lambda folder: edit_settings(folder, temperature=0.0), "classifier.json"),
+    (lambda folder: edit_settings(folder, temperature=math.nan), "classifier.json"),
+    (lambda folder: edit_settings(folder, max_length=10**6), "classifier.json"),
+    (lambda folder: edit_settings(folder, max_length=-1), "classifier.json"),
+    (lambda folder: edit_settings(folder, lora=[0, 8]), "classifier.json"),
+    (lambda folder: edit_settings(folder, labels=["a", "b"]), "does not fit"),
+    (lambda folder: edit_settings(folder, encoder={"model_type": "bert", "hidden_size": -64}), "hidden_size is -64"),
 ])
 def test_a_run_folder_that_is_damaged_is_refused(run, tmp_path, spoil, message, capsys):
     for path in run[0].iterdir():
@@ -166,6 +191,44 @@ def test_a_run_folder_that_is_damaged_is_refused(run, tmp_path, spoil, message, 
     assert predict.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_the_exported_tokenizer_gives_the_same_ids(run):
+    """Also where letters are not lower-case, for pairs, and cut at the length of the run."""
+    folder, exported = run
+    _, tokenizer, _ = load_classifier(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(exported)
+    for a, b in (("the screen was GOOD .", None), ("Café the screen", "was Bad ."), ("good " * 300, "bad " * 300)):
+        ours = encode(tokenizer, [(a, b, 0)], 128)[0]
+        expected = theirs(a, b, truncation="longest_first")
+        assert ours["input_ids"] == expected["input_ids"]
+        assert ours["token_type_ids"] == expected["token_type_ids"]
+
+
+def test_predictions_into_a_closed_pipe_end_quietly(run, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS * 500) + "\n")
+    command = f"{sys.executable} predict.py {run[0]} {tmp_path / 'texts.txt'} | head -2"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True,
+                          cwd=Path(predict.__file__).parent)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    assert "Traceback" not in done.stderr and "error" not in done.stderr
+
+
+def test_a_refused_command_leaves_every_file_that_was_there(random_folder, tmp_path, capsys):
+    """Not even a config.json that looks like its own; and of two runs, one gets an empty folder."""
+    (tmp_path / "config.json").write_text("precious")
+    for arguments in (["--out", str(tmp_path)], ["--out", str(tmp_path / "x"), "--export", str(tmp_path / "x")],
+                      ["--out", str(tmp_path / "config.json")]):
+        assert train.main(["--model", str(random_folder), *arguments]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    args = train.parse_args(["--out", str(tmp_path / "run")])
+    log, made = train.claim_folders(args)
+    assert train.main(["--model", str(random_folder), "--out", str(tmp_path / "run")]) == 2
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    log.close()
+    train.release_folders(args.out, made)
+    assert not (tmp_path / "run").exists()
 
 
 def test_export_does_not_write_over_anything(random_folder, tmp_path, capsys):

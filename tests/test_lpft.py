@@ -92,6 +92,14 @@ def test_lp_refuses_what_it_cannot_fit():
         fit_linear_probe(x.fill_(math.nan), y, 2)
 
 
+def test_lp_where_curvature_rounds_to_zero_is_scikit_learns():
+    """Two distinct samples, often repeated: the bias has next to no curvature along some directions."""
+    x = torch.tensor([[1.0, -2.0, 3.0], [1.0, -2.0, 3.0 + 1e-6]]).repeat(20, 1)
+    y = torch.tensor([0, 1]).repeat(20)
+    probe = fit_linear_probe(x, y, 2)
+    assert torch.isfinite(probe.weight).all() and (x.double() @ probe.weight.T + probe.bias).argmax(1).shape == y.shape
+
+
 def test_lp_on_features_that_say_nothing_is_a_head_of_zeros():
     """Balanced classes, one and the same feature: V = 0 is the solution, up to rounding."""
     probe = fit_linear_probe(torch.ones(60, 10), torch.arange(60) % 3, 3)
