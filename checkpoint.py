@@ -175,7 +175,8 @@ def read_safetensors(path):
         tensors = {}
         for name, dtype, shape, begin, end in entries:
             needed = math.prod(shape) * dtype.itemsize
-            if min(shape, default=0) < 0 or max(shape, default=0) > 2**62 or begin < 0 or end > data_size or end - begin != needed:
+            sane = all(0 <= size < 2**62 for size in shape) and begin >= 0
+            if not sane or end > data_size or end - begin != needed:
                 raise ValueError(f"{path}: tensor {name!r} of shape {shape} claims bytes {begin} to "
                                  f"{end}; it needs {needed} and the file holds {data_size}")
             buffer = bytearray(needed)

@@ -47,8 +47,9 @@ def load_classifier(folder):
     folder = Path(folder)
     path, weights = folder / "classifier.json", folder / "model.safetensors"
     if not path.is_file() or not weights.is_file():
-        raise FileNotFoundError(f"{folder}: no {weights.name if path.is_file() else path.name}; expected the folder "
-                                "of a run of train.py that came to its end")
+        missing = weights if path.is_file() else path
+        raise FileNotFoundError(f"{folder}: no {missing.name}; expected the folder of a run of train.py that came to "
+                                "its end")
     content = read_json(path)
     try:
         config = check_config(content["encoder"], path)
@@ -64,7 +65,8 @@ def load_classifier(folder):
     try:
         model.load_state_dict(read_safetensors(weights))
     except RuntimeError as error:  # torch lists every tensor
-        raise ValueError(f"{weights}: does not fit {path.name} ({str(error).splitlines()[1].strip()[:200]})") from None
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise ValueError(f"{weights}: does not fit {path.name} ({reason})") from None
     return model.eval(), read_tokenizer(folder / "tokenizer.json", config.vocab_size), content
 
 

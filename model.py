@@ -275,8 +275,8 @@ LAYER_NAMES = {
     "output.dense": "ffn_out",
     "output.LayerNorm": "ffn_norm",
 }
-SPECIAL_TOKENS = {"cls_token": ("<s>", "[CLS]"), "sep_token": ("</s>", "[SEP]"), "pad_token": ("<pad>", "[PAD]"),
-                  "mask_token": ("<mask>", "[MASK]"), "unk_token": ("<unk>", "[UNK]")}
+SPECIAL_TOKENS = {"cls_token": ("<s>", "[CLS]"), "sep_token": ("</s>", "[SEP]"), "unk_token": ("<unk>", "[UNK]"),
+                  "pad_token": ("<pad>", "[PAD]"), "mask_token": ("<mask>", "[MASK]")}
 # Parts of a checkpoint that the classifier does not use: pooler, MLM heads, a buffer of old files.
 UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
 
@@ -330,7 +330,7 @@ def load_pretrained(name):
 
 
 def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None):
-    """Write `encoder` (without LoRA) and `tokenizer` as a folder for load_pretrained, AutoModel and AutoTokenizer."""
+    """Write `encoder` (without LoRA) and `tokenizer` for load_pretrained, AutoModel and AutoTokenizer."""
     if has_lora(encoder):
         raise ValueError("this encoder has LoRA; merge_lora(encoder) first")
     directory = Path(directory)
@@ -342,7 +342,8 @@ def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None)
     if labels:
         config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     # Without this class transformers would build a lower-casing tokenizer of its own from the vocabulary.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length or encoder.config.max_length,
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": max_length or encoder.config.max_length,
                 "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     for name, spellings in SPECIAL_TOKENS.items():
         settings |= {name: token for token in spellings if tokenizer.token_to_id(token) is not None}
