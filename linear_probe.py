@@ -25,6 +25,7 @@ class LinearProbe:
     bias: torch.Tensor  # b, (C,), float64
     inverse_l2: float  # scikit-learn's C
     scores: np.ndarray  # cross-validation score of each strength on the grid, (10,); or None
+    path: list  # (||V||_F, training accuracy) at every step of the solver, from V = 0 (Fig. 1)
 
 
 def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="accuracy",
@@ -65,10 +66,16 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
         inverse_l2 = float(INVERSE_L2_GRID[scores.argmax()])
     start = torch.zeros(1, num_classes, z.shape[1], dtype=torch.double)
     everything = torch.ones(len(x), 1, dtype=torch.double)
-    theta = minimise_logistic(z, onehot, everything, inverse_l2, penalty, start, 1e-10)[0]
+    path = []
+
+    def record(theta):  # the rotation leaves the norm as it is
+        right = (fold_logits(z, theta)[:, 0].argmax(1) == labels).double().mean()
+        path.append((float(theta[0, :, :-1].norm()), float(right)))
+
+    theta = minimise_logistic(z, onehot, everything, inverse_l2, penalty, start, 1e-10, record)[0]
     weight = theta[:, :-1] @ axes.T  # (C, h)
     bias = theta[:, -1] - weight @ mean  # (C,)
-    return LinearProbe(weight, bias - bias.mean(), inverse_l2, scores)  # softmax ignores the mean
+    return LinearProbe(weight, bias - bias.mean(), inverse_l2, scores, path)  # softmax ignores the mean
 
 
 def stratified_folds(labels, folds=5):
@@ -115,7 +122,7 @@ def fold_logits(z, theta):
     return (z @ theta.flatten(0, 1).T).unflatten(1, theta.shape[:2])
 
 
-def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance):
+def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance, on_step=None):
     """K weighted logistic regressions at once, by Newton's method with conjugate gradients.
 
     z (N, k + 1), onehot (N, C), weights (N, K), penalty (k + 1,), start theta (K, C, k + 1). Each
@@ -141,6 +148,8 @@ def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance)
     goal = goal.maximum(1e-14 * strength[:, :, 0].T @ z.norm(dim=1))
     value, z_squared = objective(theta), z.square()
     for _ in range(100):
+        if on_step:
+            on_step(theta)
         probs, grad = gradient(theta)
         grad_norm = grad.norm(dim=(1, 2))  # (K,)
         if (grad_norm <= goal).all():

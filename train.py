@@ -92,6 +92,8 @@ def parse_args(argv=None):
                        help="the best on validation is kept (default: 10)")
     stage.add_argument("--batch-size", type=int, metavar="N", help="samples per step")
     stage.add_argument("--lr", type=float, metavar="LR", help="learning rate at the first step")
+    stage.add_argument("--head-scale", type=float, metavar="S",
+                       help="multiply the head it starts from, random or LP's, by S (Fig. 3; default: 1)")
     stage.add_argument("--ntk", type=int, nargs="?", const=250, metavar="N",
                        help="before its first step, compute the neural tangent kernel on N training and "
                             "N test samples (1 to 250; 250 if no number is given)")
@@ -114,7 +116,8 @@ def parse_args(argv=None):
 
 def check_flags(parser, args):
     """Refuse, in one sentence, flags that do not go together and numbers out of range."""
-    stage = {"--epochs": args.epochs, "--batch-size": args.batch_size, "--lr": args.lr}
+    stage = {"--epochs": args.epochs, "--batch-size": args.batch_size, "--lr": args.lr,
+             "--head-scale": args.head_scale}
     lora = {"--lora-r": args.lora_r, "--lora-alpha": args.lora_alpha}
     probe = {"--lp-scoring": args.lp_scoring, "--lp-inverse-l2": args.lp_inverse_l2}
     if args.method == "lp" and args.lora:
@@ -250,11 +253,14 @@ def load_train_measure(args, device, why, log):
         raise ValueError(f"--model {args.model}: its features hold NaN or infinity; the checkpoint is damaged")
     result = {"method": args.method, "lora": args.lora, "seed": args.seed, "model": args.model,
               "data": args.data}
-    norm_initial = 0.0  # LP starts from V = 0
+    start = torch.zeros_like(model.head.weight)  # V_0, where LP starts
     if args.method != "ft":
         result["lp"] = probe(args, model, task, features_0, log)
     if args.method != "lp":
-        norm_initial = float(model.head.weight.detach().norm())
+        with torch.no_grad():
+            for parameter in model.head.parameters():
+                parameter *= args.head_scale or 1.0
+        start = model.head.weight.detach().clone()  # V_0, where the FT stage starts
         if args.lora:
             add_lora(model.encoder, args.lora_r, args.lora_alpha)
         if args.ntk:
@@ -264,7 +270,8 @@ def load_train_measure(args, device, why, log):
         model.encoder.requires_grad_(False)
     result |= evaluate(model, task, features_0)
     trainable, total = count_parameters(model)
-    result |= {"head_norm_initial": norm_initial, "trainable_parameters": trainable,
+    result |= {"head_norm_initial": float(start.norm()),
+               "head_diff": float((model.head.weight.detach() - start).norm()), "trainable_parameters": trainable,
                "total_parameters": total, "seconds": round(time.perf_counter() - started, 2)}
     save_classifier(args.out, model, tokenizer, task, result["temperature"], args.max_length, args.data)
     write_json(args.out / "result.json", result)
@@ -303,7 +310,7 @@ def probe(args, model, task, features_0, log):
               "train_accuracy": accuracy(logits["train"], labels),
               "val_accuracy": accuracy(logits["val"], task.splits["val"].labels),
               f"val_{task.metric}": METRICS[task.metric](logits["val"], task.splits["val"].labels),
-              "head_norm": float(found.weight.norm())}
+              "head_norm": float(found.weight.norm()), "path": found.path}
     chosen = f"fixed, C = {found.inverse_l2:.4g}"
     if found.scores is not None:
         chosen = f"by 5-fold {args.lp_scoring}, C = {found.inverse_l2:.4g}"
@@ -389,7 +396,7 @@ def evaluate(model, task, features_0):
     score = METRICS[task.metric]  # accuracy is reported beside any other
     result = {"metric": task.metric, "val_accuracy": accuracy(logits, val_labels),
               f"val_{task.metric}": score(logits, val_labels), "accuracy": {}, task.metric: {},
-              "head_norm": float(model.head.weight.detach().norm()), "features": {},
+              "head_norm": float(model.head.weight.detach().norm()), "features": {}, "features_pretrained": {},
               "temperature": temperature, "calibration": {}}
     for name in task.test_names:
         labels = task.splits[name].labels
@@ -397,6 +404,7 @@ def evaluate(model, task, features_0):
         result["accuracy"][name] = accuracy(logits, labels)
         result[task.metric][name] = score(logits, labels)
         result["features"][name] = feature_statistics(features, features_0[name], labels)
+        result["features_pretrained"][name] = feature_statistics(features_0[name], features_0[name], labels)
         (ece, mce), (ece_scaled, mce_scaled) = (calibration_error(logits, labels),
                                                 calibration_error(logits / temperature, labels))
         result["calibration"][name] = {"ece": ece, "mce": mce, "ece_scaled": ece_scaled,

@@ -92,6 +92,16 @@ def test_lp_refuses_what_it_cannot_fit():
         fit_linear_probe(x.fill_(math.nan), y, 2)
 
 
+def test_the_path_of_lp_starts_at_zero_and_ends_at_the_head():
+    """Fig. 1: the head norm grows from 0 while the training accuracy rises."""
+    x, y = samples(60, 8, 3)
+    probe = fit_linear_probe(x, y, 3, inverse_l2=10.0)
+    norms, accuracies = zip(*probe.path)
+    assert norms[0] == 0 and norms[-1] == pytest.approx(float(probe.weight.norm()))
+    logits = x.double() @ probe.weight.T + probe.bias
+    assert accuracies[-1] == pytest.approx(accuracy(logits, y)) and accuracies[-1] > accuracies[0]
+
+
 def test_lp_where_curvature_rounds_to_zero_is_scikit_learns():
     """Two distinct samples, often repeated: the bias has next to no curvature along some directions."""
     x = torch.tensor([[1.0, -2.0, 3.0], [1.0, -2.0, 3.0 + 1e-6]]).repeat(20, 1)

@@ -59,6 +59,33 @@ def test_the_saved_weights_are_the_ones_that_were_measured(random_folder, tmp_pa
     assert float(correct) == json.loads((tmp_path / "result.json").read_text())["accuracy"]["test"]
 
 
+def test_the_head_may_start_scaled(random_folder, tmp_path):
+    """Fig. 3: V and b times a factor, in FT the random head, in LP-FT that of LP."""
+    for method in ("ft", "lpft"):
+        results = []
+        for scale in ("1", "10"):
+            out = tmp_path / f"{method}-{scale}"
+            assert train.main(command(method, "--model", str(random_folder), "--head-scale", scale, "--out",
+                                      str(out))) == 0
+            results.append(json.loads((out / "result.json").read_text()))
+            start = json.loads((out / "metrics.jsonl").read_text().splitlines()[-3])  # epoch 0
+            assert start["epoch"] == 0 and start["head_norm"] == pytest.approx(results[-1]["head_norm_initial"])
+        assert results[1]["head_norm_initial"] == pytest.approx(10 * results[0]["head_norm_initial"])
+
+
+def test_head_norm_and_change_and_the_pretrained_row(random_folder, tmp_path):
+    """Norm(C) and Diff(C) of Table 13; the pre-trained encoder's statistics are those of features at the start."""
+    for method in ("lp", "lpft"):
+        assert train.main(command(method, "--model", str(random_folder), "--out", str(tmp_path / method))) == 0
+    lp, lpft = (json.loads((tmp_path / method / "result.json").read_text()) for method in ("lp", "lpft"))
+    assert lp["head_diff"] == pytest.approx(lp["head_norm"])  # from zero
+    saved = read_safetensors(tmp_path / "lpft" / "model.safetensors")["head.weight"]
+    start = read_safetensors(tmp_path / "lp" / "model.safetensors")["head.weight"]
+    assert lpft["head_diff"] == pytest.approx(float((saved - start).norm()), rel=1e-5)
+    assert lp["features_pretrained"] == lpft["features_pretrained"] == lp["features"]
+    assert lpft["features_pretrained"]["test"]["diff"] == 0
+
+
 def test_cola_is_selected_and_reported_by_matthews_correlation(random_folder, tmp_path, capsys):
     rows = [f"x\t{label}\t\tthe screen was {word}" for word, label in
             [("good", 1), ("bad", 0), ("fine", 1), ("great", 1)] * 20]
@@ -151,6 +178,7 @@ def test_text_that_the_tiny_encoder_cannot_read_is_refused(random_folder, tmp_pa
 REFUSED = [
     (["--method", "lp", "--lora"], "--lora"),
     (["--method", "lp", "--lr", "1e-3"], "--lr has no effect"),
+    (["--method", "lp", "--head-scale", "3"], "--head-scale has no effect"), (["--head-scale", "0"], "--head-scale"),
     (["--method", "lp", "--epochs", "3"], "--epochs has no effect"),
     (["--method", "ft", "--lora-r", "4"], "--lora-r has no effect"),
     (["--method", "ft", "--lp-scoring", "log-loss"], "--lp-scoring has no effect"),
