@@ -139,9 +139,13 @@ def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance,
     def back(errors, inputs):  # of logits (N, K, C), to theta (K, C, k + 1)
         return ((strength * errors).flatten(1).T @ inputs).unflatten(0, theta.shape[:2])
 
+    def centred(theta):  # softmax is blind to the mean of the bias over classes: what is there is rounding
+        theta[:, :, -1] -= theta[:, :, -1].mean(1, keepdim=True)
+        return theta
+
     def gradient(theta):
         probs = fold_logits(z, theta).softmax(2)  # (N, K, C)
-        return probs, back(probs - target, z) + penalty * theta  # (K, C, k + 1)
+        return probs, centred(back(probs - target, z) + penalty * theta)  # (K, C, k + 1)
 
     goal = tolerance * gradient(torch.zeros_like(theta))[1].norm(dim=(1, 2))  # (K,)
     # where theta = 0 is the solution already, that is rounding alone: not below it
@@ -159,7 +163,7 @@ def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance,
         def hessian_times(direction):
             moved = fold_logits(z, direction)  # (N, K, C), the change of the logits
             moved = probs * (moved - (probs * moved).sum(2, keepdim=True))
-            return back(moved, z) + penalty * direction
+            return centred(back(moved, z) + penalty * direction)
 
         # The closer to the solution, the more exact the step: that makes convergence superlinear.
         precision = grad_norm * (grad_norm * tolerance / goal).sqrt().clamp(max=0.1)  # (K,)
@@ -185,8 +189,7 @@ def conjugate_gradients(matrix_times, right, diagonal, precision):
     direction, rho = scaled, (residual * scaled).sum((1, 2), keepdim=True)  # (K, 1, 1)
     for _ in range(1000):
         image = matrix_times(direction)
-        curvature = (direction * image).sum((1, 2), keepdim=True)  # rounding may make a zero negative
-        length = torch.where(curvature > 0, rho / curvature.clamp(min=1e-300), 0.0)
+        length = rho / (direction * image).sum((1, 2), keepdim=True).clamp(min=1e-300)
         x, residual = x + length * direction, residual - length * image
         if (residual.norm(dim=(1, 2)) <= precision).all():
             break
