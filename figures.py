@@ -1,0 +1,220 @@
+"""The paper's figures from a folder of runs that reproduce.py made, as .svg and .png.
+
+    python figures.py reproduction/tiny-tiny
+
+Each function draws one; `make_all` draws those for which there are runs. Colours are Okabe and Ito's, which
+colour-blind readers tell apart, one to a method throughout. Needs matplotlib and scikit-learn.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files, no window
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.manifold import TSNE
+
+from data import load_task
+from export import load_classifier
+from lpft import predict
+from report import METHODS, SCALES, read_results
+
+COLOURS = {"pre-trained": "#555555", "LP": "#E69F00", "FT": "#0072B2", "LoRA": "#56B4E9", "LP-FT": "#D55E00",
+           "LP-LoRA": "#CC79A7"}
+CLASS_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.alpha": 0.3, "legend.frameon": False, "figure.constrained_layout.use": True, "lines.linewidth": 2,
+         "svg.hashsalt": "lpft"}
+
+
+def panels(count, height=3.3):
+    """A figure of `count` axes, two side by side: wide enough to be read on a phone."""
+    rows, columns = -(-count // 2), min(count, 2)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.8 * columns, height * rows), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, axes.flat[:count]
+
+
+def of_seeds(results, name, seeds):
+    return [results[f"{name}-seed{seed}"] for seed in seeds]
+
+
+def metrics(out, name, seed):
+    """Lines of metrics.jsonl of a run."""
+    path = out / "runs" / f"{name}-seed{seed}" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def head_norms(out, results, seeds):
+    """Fig. 1, 4: head norm and training accuracy along LP and along the FT stage, and the norms at the end."""
+    figure, (lp, ft, end) = panels(3)
+    norms, accuracies = zip(*metrics(out, "LP", seeds[0])[0]["path"])
+    lp.plot(norms, color=COLOURS["LP"], label="head norm")
+    lp.plot(accuracies, color=COLOURS["LP"], linestyle=":", label="training accuracy")
+    lp.set(xlabel="step of the solver", ylabel="head norm; accuracy", title="LP, from V = 0", ylim=(0, None))
+    lp.legend()
+    for name in METHODS:
+        if name != "LP":
+            records = [[r for r in metrics(out, name, seed) if r["stage"] == "ft"] for seed in seeds]
+            epochs = range(len(records[0]))
+            for key, style in (("head_norm", "-"), ("train_accuracy", ":")):
+                curve = np.mean([[r[key] for r in run] for run in records], 0)
+                ft.plot(epochs, curve, style, color=COLOURS[name], label=name if style == "-" else None)
+    ft.set(xlabel="epoch", ylabel="head norm; accuracy (dotted)", title="FT stage", ylim=(0, None))
+    ft.set_ylim(0, 1.4 * ft.get_ylim()[1])  # room for the legend
+    ft.legend(fontsize=9, ncols=2, loc="upper center")
+    for i, name in enumerate(METHODS):
+        values = [result["head_norm"] for result in of_seeds(results, name, seeds)]
+        end.bar(i, statistics.mean(values), yerr=statistics.stdev(values), color=COLOURS[name], capsize=4)
+    end.set_xticks(range(len(METHODS)), METHODS, rotation=30)
+    end.set(ylabel="head norm", title="at the end")
+    end.grid(axis="x", visible=False)
+    return figure
+
+
+def spectra(out, results, seeds):
+    """Fig. 2, 7: singular values of P and F over the largest, mean over seeds."""
+    figure, axes = panels(2)
+    for axis, kernel in zip(axes, ("P", "F")):
+        for name in METHODS:
+            if name != "LP":
+                values = [r["ntk"][kernel]["singular_values"] for r in of_seeds(results, name, seeds)]
+                values = np.clip(np.mean(values, 0), 1e-9, None)
+                axis.semilogy(range(1, len(values) + 1), values, color=COLOURS[name], label=name,
+                              linestyle="--" if "LoRA" in name else "-")
+        axis.set(xlabel="index", ylabel="singular value / largest", title=f"{kernel} at the start of the FT stage")
+    axes[0].legend()
+    return figure
+
+
+def trace_norms(out, results, seeds):
+    """Fig. 8, 9: trace norm of each C x C block, samples sorted by class; lines part the classes."""
+    drawn = [("LP-FT", "P", "pretrain")] + [(name, "F", "ft") for name in METHODS if name != "LP"]
+    figure, axes = panels(len(drawn))
+    for axis, (name, label, key) in zip(axes, drawn):
+        saved = np.load(out / "runs" / f"{name}-seed{seeds[0]}" / "ntk.npz")
+        order = np.argsort(saved["labels"], kind="stable")
+        blocks = np.moveaxis(saved[key], 1, 2)[order][:, order]  # (N, N, C, C)
+        norms = np.linalg.svd(blocks, compute_uv=False).sum(2)
+        image = axis.imshow(norms / norms.max(), cmap="cividis", vmin=0, vmax=1)
+        for edge in np.flatnonzero(np.diff(saved["labels"][order])) + 0.5:
+            axis.axhline(edge, color="white", linewidth=0.8)
+            axis.axvline(edge, color="white", linewidth=0.8)
+        axis.set(title=f"{label}, {name}", xlabel="sample, by class", ylabel="sample, by class")
+        axis.grid(visible=False)
+    figure.colorbar(image, ax=list(axes), label="trace norm / largest", shrink=0.8)
+    return figure
+
+
+def head_scales(out, results, seeds):
+    """Fig. 3, 10, 11: feature change against the factor on the starting head, with standard errors."""
+    splits = list(results[f"LP-seed{seeds[0]}"]["accuracy"])
+    groups = [("test", splits[:1])] + ([("out of distribution", splits[1:])] if splits[1:] else [])
+    figure, axes = panels(len(groups))
+    for axis, (title, group) in zip(axes, groups):
+        for name in ("FT", "LP-FT"):
+            runs = [of_seeds(results, name if scale == 1 else f"{name}-scale{scale}", seeds) for scale in SCALES]
+            diffs = np.array([[statistics.mean(r["features"][split]["diff"] for split in group) for r in of_scale]
+                              for of_scale in runs])  # (scales, seeds)
+            axis.errorbar(SCALES, diffs.mean(1), diffs.std(1, ddof=1) / len(seeds) ** 0.5, color=COLOURS[name],
+                          label=name, marker="o", capsize=3)
+        axis.set(xscale="log", xlabel="factor on the starting head", ylabel="Diff(F)", title=title, ylim=(0, None))
+    axes[0].legend()
+    return figure
+
+
+def load_runs(out, results, seed):
+    """{method: (features, logits, temperature, head rows)} on the test split, its labels and class names."""
+    found, task = {}, None
+    for name in METHODS:
+        model, tokenizer, settings = load_classifier(out / "runs" / f"{name}-seed{seed}")
+        if task is None:
+            config = json.loads((out / "runs" / f"{name}-seed{seed}" / "config.json").read_text(encoding="utf-8"))
+            task = load_task(config["data"], tokenizer, config["max_length"], config.get("data_dir"))
+            split = task.splits[task.test_names[0]]
+        found[name] = (*predict(model, split), settings["temperature"], model.head.weight.detach())
+    return found, split.labels, task.labels
+
+
+def feature_maps(out, results, seeds, runs):
+    """Fig. 5, 6: t-SNE of test features (dots) with the head's rows (stars), stretched to the features' length."""
+    found, labels, names = runs
+    figure, axes = panels(len(METHODS))
+    for axis, (name, (features, _, _, head)) in zip(axes, found.items()):
+        features = features[:400]
+        rows = head / head.norm(dim=1, keepdim=True).clamp(min=1e-12) * features.norm(dim=1).mean()
+        points = np.concatenate([features.numpy(), rows.numpy()])
+        perplexity = min(30, len(points) // 4)
+        placed = TSNE(perplexity=perplexity, random_state=0, init="pca").fit_transform(points)
+        for c, label in enumerate(names):
+            colour, here = CLASS_COLOURS[c % len(CLASS_COLOURS)], (labels[:400] == c).numpy()
+            axis.scatter(*placed[:len(features)][here].T, s=10, color=colour, label=label, alpha=0.7, linewidths=0)
+            axis.scatter(*placed[len(features) + c], s=170, marker="*", color=colour, edgecolors="black")
+        axis.set(title=name, xticks=[], yticks=[])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), markerscale=2.5)
+    return figure
+
+
+def reliability(out, results, seeds, runs):
+    """Accuracy against confidence in 15 bins, before and after temperature scaling; the paper has no such figure."""
+    found, labels, _ = runs
+    figure, axes = panels(len(METHODS))
+    for axis, (name, (_, logits, temperature, _)) in zip(axes, found.items()):
+        axis.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+        for scale, marker, label in ((1.0, "o", "as trained"), (temperature, "^", "with T")):
+            confidence, prediction = (logits.double() / scale).softmax(1).max(1)
+            right, bins = (prediction == labels).double().numpy(), np.ceil(confidence.numpy() * 15)
+            points = np.array([(confidence.numpy()[bins == b].mean(), right[bins == b].mean(), (bins == b).mean())
+                               for b in np.unique(bins)])
+            axis.plot(points[:, 0], points[:, 1], marker=marker, markersize=5, label=label,
+                      color=COLOURS[name] if scale == 1.0 else "#222222", linewidth=1.5)
+        axis.set(title=f"{name}, T = {temperature:.3g}", xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02),
+                 ylim=(0, 1.02))
+    axes[0].legend(fontsize=9)
+    return figure
+
+
+def make_all(out, results, seeds):
+    """Draw what there are runs for into out/figures; {title: file name without suffix}."""
+    (out / "figures").mkdir(exist_ok=True)
+    runs = load_runs(out, results, seeds[0])
+    drawn = {
+        "Head norm (Fig. 1, 4)": ("head-norm", head_norms, ()), "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, ()),
+        f"Trace norms of P and F, seed {seeds[0]} (Fig. 8, 9)": ("trace-norms", trace_norms, ()),
+        "Feature change against the scale of the head (Fig. 3, 10, 11)": ("head-scale", head_scales, ()),
+        f"Test features and head rows, t-SNE, seed {seeds[0]} (Fig. 5, 6)": ("features", feature_maps, (runs,)),
+        f"Reliability, before and after temperature scaling, seed {seeds[0]}": ("reliability", reliability, (runs,)),
+    }
+    if f"FT-scale{SCALES[0]}-seed{seeds[0]}" not in results:
+        del drawn["Feature change against the scale of the head (Fig. 3, 10, 11)"]
+    with plt.rc_context(STYLE):
+        for file, draw, more in drawn.values():
+            figure = draw(out, results, seeds, *more)
+            figure.savefig(out / "figures" / f"{file}.svg", metadata={"Date": None})
+            figure.savefig(out / "figures" / f"{file}.png", dpi=150)
+            plt.close(figure)
+    return {title: file for title, (file, *_) in drawn.items()}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Figures of a folder that reproduce.py made.")
+    parser.add_argument("folder", type=Path, help="the --out of reproduce.py")
+    out = parser.parse_args(argv).folder
+    results, _ = read_results(out)
+    seeds = [seed for seed in range(1, 1000) if all(f"{name}-seed{seed}" in results for name in METHODS)]
+    if len(seeds) < 2:
+        print(f"figures.py: error: {out}: no two seeds have a finished run of every method", file=sys.stderr)
+        return 2
+    for title, file in make_all(out, results, seeds).items():
+        print(f"{title}: {out / 'figures' / file}.svg, .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

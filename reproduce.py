@@ -1,0 +1,170 @@
+"""The paper's tables and claims, from many runs of train.py.
+
+    python reproduce.py                                              the embedded benchmark
+    python reproduce.py --data cb --model path/to/checkpoint --seeds 3
+
+1. tunes learning rates on validation accuracy, with seeds of their own (tuning_runs, choose_rates);
+2. runs LP, FT, LoRA, LP-FT and LP-LoRA on every seed, the kernel at the start of each FT stage, and FT and
+   LP-FT from scaled heads (main_runs, scale_runs);
+3. writes report.md and report.html: every table and figure, and a verdict on each of the paper's seven
+   claims (report.py, figures.py, which also run alone).
+
+A run is a process of train.py with one thread, and `--jobs` of them go side by side. A finished run is
+never repeated: after an interruption the same command goes on.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import train
+from report import METHODS, SCALES, choose_rates, read_results, write_report
+
+TUNING_SEEDS = (101, 102)
+RATE_FACTORS = (1 / 3, 1, 3)  # of train.py's learning rate
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Regenerate the paper's tables and judge its claims.")
+    parser.add_argument("--data", default="tiny", help="as in train.py (default: %(default)s)")
+    parser.add_argument("--data-dir", type=Path, help="as in train.py")
+    parser.add_argument("--model", default="tiny", help="as in train.py (default: %(default)s)")
+    parser.add_argument("--max-train", type=int, metavar="N", help="as in train.py")
+    parser.add_argument("--max-length", type=int, metavar="L", help="as in train.py")
+    parser.add_argument("--epochs", type=int, metavar="N", help="as in train.py")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs with seeds 1 to N (default: 5)")
+    parser.add_argument("--ntk", type=int, default=100, metavar="N", help="samples of the kernel (default: 100)")
+    parser.add_argument("--no-tuning", action="store_true", help="keep train.py's learning rates")
+    parser.add_argument("--no-scales", action="store_true", help="leave out the runs from scaled heads (claim 6)")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), metavar="N",
+                        help="processes side by side (default: half the processors)")
+    parser.add_argument("--out", type=Path, help="folder of everything (default: reproduction/DATA-MODEL)")
+    parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
+    args = parser.parse_args(argv)
+    for flag, value, least in (("--seeds", args.seeds, 2), ("--jobs", args.jobs, 1), ("--ntk", args.ntk, 1)):
+        if value < least:
+            parser.error(f"{flag} is {value}; expected {least} or more")
+    args.out = args.out or Path("reproduction") / f"{Path(args.data).name}-{Path(args.model).name}"
+    return args
+
+
+# ---------------------------------------------------------------------------- the runs
+
+
+def common_flags(args, name, seed):
+    """The flags of train.py of one run of a method."""
+    method, lora = METHODS[name]
+    flags = ["--method", method, *["--lora"] * lora, "--data", args.data, "--model", args.model, "--seed", str(seed)]
+    for flag in ("data_dir", "max_train", "max_length"):
+        if getattr(args, flag) is not None:
+            flags += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
+    if args.epochs and method != "lp":
+        flags += ["--epochs", str(args.epochs)]
+    return flags
+
+
+def default_rate(args, name):
+    return train.parse_args(common_flags(args, name, 0)).lr
+
+
+def tuning_runs(args):
+    """{name: flags}: every method with an FT stage, rate and tuning seed."""
+    runs = {}
+    for name in METHODS:
+        for factor in RATE_FACTORS if name != "LP" else ():
+            rate = default_rate(args, name) * factor
+            for seed in TUNING_SEEDS:
+                runs[f"tune-{name}={rate:.1e}-seed{seed}"] = [*common_flags(args, name, seed), "--lr", f"{rate:.1e}"]
+    return runs
+
+
+def main_runs(args, rates):
+    """{name: flags}: every method and seed."""
+    runs = {}
+    for name in METHODS:
+        stage = [] if name == "LP" else ["--ntk", str(args.ntk)]
+        stage += ["--lr", rates[name]] if name in rates else []
+        for seed in range(1, args.seeds + 1):
+            runs[f"{name}-seed{seed}"] = [*common_flags(args, name, seed), *stage]
+    return runs
+
+
+def scale_runs(args, rates):
+    """{name: flags}: FT and LP-FT from heads times SCALES; once is among main_runs."""
+    runs = {}
+    for name in ("FT", "LP-FT"):
+        rate = ["--lr", rates[name]] if name in rates else []
+        for scale in SCALES:
+            for seed in range(1, args.seeds + 1) if scale != 1 else ():
+                flags = [*common_flags(args, name, seed), *rate, "--head-scale", str(scale)]
+                runs[f"{name}-scale{scale}-seed{seed}"] = flags
+    return runs
+
+
+def run_all(args, runs):
+    """Run what is not finished, `--jobs` at a time; RuntimeError names the log of a run that failed."""
+    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    todo = [name for name in runs if not (args.out / "runs" / name / "flags.json").is_file()]
+    for name in runs.keys() - set(todo):
+        found = json.loads((args.out / "runs" / name / "flags.json").read_text(encoding="utf-8"))
+        if found != runs[name]:
+            raise ValueError(f"{args.out / 'runs' / name}: was made with {' '.join(found)}; now it would be with "
+                             f"{' '.join(runs[name])}; choose another --out")
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already", flush=True)
+    started = time.monotonic()
+
+    def run(name):
+        folder, partial = args.out / "runs" / name, args.out / "runs" / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of an interruption
+        (args.out / "runs").mkdir(parents=True, exist_ok=True)
+        with open(args.out / "runs" / f"{name}.log", "w", encoding="utf-8") as log:
+            done = subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *runs[name], "--out", partial],
+                                  stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise RuntimeError(f"{name} ended with status {done.returncode}; its last words are in {log.name}")
+        (partial / "flags.json").write_text(json.dumps(runs[name]) + "\n", encoding="utf-8")
+        partial.rename(folder)
+        return name
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            for count, name in enumerate(pool.map(run, todo), 1):
+                result = json.loads((args.out / "runs" / name / "result.json").read_text(encoding="utf-8"))
+                score = ", ".join(f"{split} {x:.3f}" for split, x in result[result["metric"]].items())
+                print(f"[{count}/{len(todo)}, {time.monotonic() - started:.0f} s] {name}: val "
+                      f"{result['val_' + result['metric']]:.3f}, {score}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        if "tiny" in (args.model, args.data):  # pre-trained once, not in every process
+            train.pretrain.tiny_encoder()
+        if not args.no_tuning:
+            run_all(args, tuning_runs(args))
+        rates = choose_rates(read_results(args.out)[1])
+        run_all(args, main_runs(args, rates) | ({} if args.no_scales else scale_runs(args, rates)))
+        write_report(args.out, " ".join(["python reproduce.py", *(sys.argv[1:] if argv is None else argv)]))
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"reproduce.py: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"reproduce.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nreproduce.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
