@@ -1,8 +1,8 @@
 """The exact empirical neural tangent kernel of a classifier, and what the paper measures on it.
 
     Theta(x, x') = (df(x)/dtheta) (df(x')/dtheta)^T  =  P(x, x') + F(x, x')           Prop. 4.1
-    P = (<phi(x), phi(x')> + 1) I_C                        the head's part, `ntk_pretrain`
-    F = V (dphi(x)/dtheta_phi) (dphi(x')/dtheta_phi)^T V^T    the encoder's part, `ntk_ft`
+    P = (<phi(x), phi(x')> + 1) I_C                        the head's part, NTK.pretrain
+    F = V (dphi(x)/dtheta_phi) (dphi(x')/dtheta_phi)^T V^T    the encoder's part, NTK.ft
 
 over the parameters that require a gradient, at their present values, dropout off. Read in order:
 ntk_by_jacobian is the definition in twenty lines; empirical_ntk computes the same numbers for a real
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from linear_probe import fit_linear_probe, stratified_folds
 
-MAX_COLUMNS = {False: 2**15, True: 2**17}  # terms in one float32 product: on a CPU, on CUDA
+MAX_COLUMNS = {False: 2**15, True: 2**17}  # terms in one float32 product, or one row: on a CPU, on CUDA
 
 
 @dataclass
@@ -42,7 +42,7 @@ class NTK:
 
 
 def ntk_by_jacobian(model, train_batches, test_batches=None):
-    """Theta as Prop. 4.1 defines it: Jacobians of single samples, multiplied. Holds N x C x p floats.
+    """Theta as Prop. 4.1 defines it: Jacobians of single samples, multiplied. Holds (N + M) C p floats.
 
     Batches are iterables of dicts {input_ids, attention_mask, token_type_ids}, each (n, L).
     """
@@ -81,18 +81,23 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     F is a sum over layers, F = sum_l J_l J_l^T, and J_l, (R C, parameters of l), needs only what the
     layer saw and what came back to it: its input a (n, T, in) at T positions and, for each of the
     C logits, the gradient g (n, C, T, out) of its output. So layers are taken in groups whose a and
-    g fit into three quarters of `memory_budget` (bytes; the kernel and the activations of one batch
-    come on top), each group with one forward and C backward passes over all batches. A layer too
-    large for that is taken in slices of its output features. Products are in the model's precision
-    with at most MAX_COLUMNS terms, their sum is in float64: a float32 sum loses two digits.
+    g fit into three quarters of `memory_budget` (bytes), each group with one forward and C backward
+    passes over all batches. A layer too large for that is taken in slices of its output features. On
+    top come the activations of one batch with their C gradients, and the kernel, four times at the
+    end. Products are in the model's precision with MAX_COLUMNS terms, their sum is in float64: a
+    float32 sum loses two digits.
 
     Raises ValueError where the result would not be exact (see trainable_layers) or the budget is
     too small, ArithmeticError if entries computed by autograd differ (see spot_check).
     """
-    layers = trainable_layers(model)
+    layers, memory_budget = trainable_layers(model), int(memory_budget)
+    if isinstance(train_batches, dict) or isinstance(test_batches, dict):
+        raise ValueError("NTK: expected a list of batches, found one batch")
     device, num_classes = model.head.weight.device, model.head.out_features
     train, test = ([{name: t.to(device) for name, t in batch.items()} for batch in batches or ()]
                    for batches in (train_batches, test_batches))
+    if not train:
+        raise ValueError("NTK: no training batches")
     N, R = (sum(len(b["input_ids"]) for b in some) for some in (train, train + test))
     item_size = model.head.weight.element_size()
     groups = group_pieces(layers, train + test, num_classes, memory_budget, item_size)
@@ -108,8 +113,8 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     # Every chunk of J goes into the same memory: fresh memory for each costs more than its product.
     workspace = model.head.weight.new_empty(R * num_classes * columns)
     gram = Gram(kernel, columns)
-    with exact_and_frozen(model) as trained, tqdm(total=size, desc="NTK", unit="parameter",
-                                                  unit_scale=True, mininterval=1.0) as bar:
+    with full_precision(), frozen(model) as trained, tqdm(total=size, desc="NTK", unit="parameter",
+                                                          unit_scale=True, mininterval=1.0) as bar:
         for group in groups:
             features, stored = inputs_and_gradients(model, train + test, group, num_classes)  # (R, h)
             for layer, start, stop in group:
@@ -119,14 +124,15 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
                 bar.update(sum(p.numel() * (stop - start) // out_features(layer)
                                for p in trained[layer].values()))
     gram.add_waiting()
-    square = kernel[:len(kernel[0])].tril()  # only blocks that touch the lower triangle were filled
+    square = kernel[:len(kernel[0])].tril()  # the Gram products filled the lower triangle alone
     kernel = torch.cat([square + square.tril(-1).T, kernel[len(square):]]).cpu()
     kernel_ft = kernel.unflatten(1, (N, num_classes)).unflatten(0, (R, num_classes))  # (R, C, N, C)
     features = features.cpu().double()
-    gram = features @ features[:N].T + 1  # (R, N)
+    products = features @ features[:N].T + 1  # (R, N)
     eye = torch.eye(num_classes, dtype=torch.double)
-    kernel_pretrain = torch.einsum("rn,cd->rcnd", gram, eye)  # P of Prop. 4.1, (R, C, N, C)
-    spot_check(model, train + test, N, kernel_ft + kernel_pretrain)
+    kernel_pretrain = torch.einsum("rn,cd->rcnd", products, eye)  # P of Prop. 4.1, (R, C, N, C)
+    with full_precision():
+        spot_check(model, train + test, N, kernel_pretrain, kernel_ft, memory_budget)
     return NTK(kernel_pretrain[:N], kernel_ft[:N], kernel_pretrain[N:] if test else None,
                kernel_ft[N:] if test else None)
 
@@ -140,19 +146,27 @@ def trainable_layers(model):
     if torch.is_autocast_enabled(model.head.weight.device.type) or torch.is_inference_mode_enabled():
         raise ValueError("NTK: needs full precision and gradients; leave torch.autocast and "
                          "torch.inference_mode")
-    if not all(p.requires_grad for p in model.head.parameters()):
-        raise ValueError("NTK: the head does not train, but P of Prop. 4.1 is the head's kernel")
+    if not isinstance(model.head, nn.Linear) or model.head.bias is None or not all(
+            p.requires_grad for p in model.head.parameters()):
+        raise ValueError("NTK: the head is not a Linear with a bias that trains, of which P of Prop. 4.1 is the "
+                         "kernel")
+    if model.head.weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"NTK: the model is in {model.head.weight.dtype}; expected float32 or float64")
     first_name = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         if p.requires_grad and first_name.setdefault(p, name) != name:
-            raise ValueError(f"NTK: {name} is the same tensor as {first_name[p]}; layers that share "
-                             "parameters have cross terms, which are not computed")
+            raise ValueError(f"NTK: {name} is the same tensor as {first_name[p]}; parameters that several "
+                             "modules share are not supported")
     layers = {}
-    for name, module in model.encoder.named_modules():
+    for name, module in model.named_modules():
         own = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
-        if own and type(module) not in (nn.Linear, nn.LayerNorm, nn.Embedding):
-            raise ValueError(f"NTK: {name or 'the encoder'} ({type(module).__name__}) owns the parameter "
-                             f"{own[0]}; known are Linear, LayerNorm and Embedding")
+        if module is model.head:
+            continue
+        known = type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding)
+        unknown = [key for key in own if not known or key not in ("weight", "bias")]
+        if unknown:
+            raise ValueError(f"NTK: {name or 'the model'} ({type(module).__name__}) owns the parameter "
+                             f"{unknown[0]}; known are weight and bias of Linear, LayerNorm and Embedding")
         if own and isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq):
             raise ValueError(f"NTK: {name} rescales its rows or gradients (max_norm, scale_grad_by_freq)")
         if own and isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
@@ -173,9 +187,12 @@ def group_pieces(layers, batches, num_classes, budget, item_size):
     groups, free = [], 0
     for name, layer in layers.items():
         stop, out = 0, out_features(layer)
-        inputs = 2 if isinstance(layer, nn.Embedding) else layer.weight.shape[-1]  # ids are 64 bits
+        inputs, copies = layer.weight.shape[-1], 1
+        if isinstance(layer, nn.Embedding):
+            inputs, copies = 2, 4  # ids are 64 bits; add_embedding sorts g three times into new order
         while stop < out:
-            start, fixed, each = stop, positions * inputs * item_size, positions * num_classes * item_size
+            start, fixed = stop, positions * inputs * item_size
+            each = copies * positions * num_classes * item_size
             if fixed + each * (out - start) > free:  # does not fit into what is left of this group
                 groups.append([])
                 free = budget * 3 // 4
@@ -203,18 +220,30 @@ def chunk_columns(layers, row_size, budget, device):
 
 
 @contextmanager
-def exact_and_frozen(model):
-    """Full float32 products and no weight gradients inside; yields {layer: {name: trained parameter}}."""
-    precision = torch.get_float32_matmul_precision()
+def full_precision():
+    """No TF32 or bfloat16 inside float32 products."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError as error:  # set by the other interface, torch.backends
+        raise ValueError("NTK: set the precision of products by torch.set_float32_matmul_precision alone "
+                         f"({str(error).splitlines()[0]})") from None
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def frozen(model):
+    """No weight gradients inside; yields {layer: {name: trained parameter}}."""
     trained = [p for p in model.parameters() if p.requires_grad]
     by_layer = {module: {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-                for module in model.encoder.modules()}
-    torch.set_float32_matmul_precision("highest")  # no TF32
+                for module in model.modules()}
     model.requires_grad_(False)
     try:
         yield by_layer
     finally:
-        torch.set_float32_matmul_precision(precision)
         for p in trained:
             p.requires_grad_(True)
 
@@ -222,16 +251,19 @@ def exact_and_frozen(model):
 def inputs_and_gradients(model, batches, group, num_classes):
     """(features (R, h), {layer: ([a of each batch], [g of each batch])}) by one pass over all batches.
 
-    a (n, T, in); g (n, C, T, stop - start).
-    T counts the positions, over all uses of the layer, at which some g of the batch is not zero. Not
-    those that are padding in every sample, and in the last Transformer layer only the first token,
-    except for key and value, which read every token.
+    a (n, T, in); g (n, C, T, stop - start). One backward pass from the sum over samples of a logit
+    gives every sample's own gradient, because no sample's logit depends on another sample.
+    T counts the positions at which some g of the batch is not zero; those of a layer that is called
+    twice stand side by side. Not among them are padding in every sample, and in the last Transformer
+    layer all but the first token, except for key and value, which read every token.
     """
     stored, features = {layer: ([], []) for layer, _, _ in group}, []
     for batch in batches:
         n, calls = len(batch["input_ids"]), []
 
         def record(layer, args, output):
+            if not args or not torch.is_grad_enabled():
+                raise ValueError(f"NTK: {layer} is called by keyword or without gradients")
             if len(output) != n:
                 raise ValueError(f"NTK: {layer} sees a tensor of shape {tuple(output.shape)}, whose "
                                  f"first dimension is not the {n} samples")
@@ -239,16 +271,20 @@ def inputs_and_gradients(model, batches, group, num_classes):
                 output.requires_grad_()
             calls.append((layer, args[0], output, args[0]._version, output._version))
 
-        hooks = [layer.register_forward_hook(record) for layer in stored]
+        hooks = [layer.register_forward_hook(record, prepend=True) for layer in stored]
         try:
             with torch.enable_grad():
                 features.append(model.features(**batch))  # (n, h)
                 logits = model.head(features[-1])  # (n, C); no dropout, the model is in eval mode
+        except RuntimeError as error:
+            if "in-place" not in str(error):
+                raise
+            raise ValueError("NTK: the output of a layer was changed in place") from None
         finally:
             for hook in hooks:
                 hook.remove()
-        for layer, a, output, *versions in calls:
-            if [a._version, output._version] != versions:
+        for layer, a, output, a_version, output_version in calls:
+            if (a._version, output._version) != (a_version, output_version):
                 raise ValueError(f"NTK: the input or output of {layer} was changed in place afterwards")
         features[-1] = features[-1].detach()
         if not calls:  # nothing of this group was used
@@ -264,9 +300,12 @@ def inputs_and_gradients(model, batches, group, num_classes):
                 g = torch.stack([join([by_position(grads[i])[..., start:stop] for i in uses])
                                  for grads in per_class], 1)  # (n, C, T, stop - start)
                 alive = not_zero(g).flatten(0, 1).any(0)  # (T,)
-                alive[0] |= ~alive.any()  # at least one position, for the shapes
+                alive[0] |= ~alive.any()  # of no gradient at all (V = 0), one position
                 stored[layer][0].append(a if alive.all() else a[:, alive])
                 stored[layer][1].append(g if alive.all() else g[:, :, alive])
+    for layer, (inputs, _) in stored.items():
+        if 0 < len(inputs) < len(batches):
+            raise ValueError(f"NTK: {layer} is used in some batches and not in others; give all the same inputs")
     return torch.cat(features), stored
 
 
@@ -282,13 +321,14 @@ def join(tensors):
 
 def not_zero(g):
     """(n, C, T): whether the gradient g (n, C, T, out) has any entry that is not zero."""
-    return (g.amax(3) != 0) | (g.amin(3) != 0)  # ten times the speed of g.abs().sum(3)
+    return (g.amax(3) != 0) | (g.amin(3) != 0)  # no copy of g, as g.abs() would be
 
 
 class Gram:
     """K = sum over columns of J J^T, in place and in float64: (R C, N C), the lower triangle of its square.
 
-    Parts of J narrower than `width` columns wait until they fill a product together.
+    Narrow parts of J wait until together they are a product of some width: that saves time alone.
+    They have memory of their own; what goes to add_wide may lie in memory that is used again.
     """
 
     def __init__(self, kernel, width):
@@ -300,7 +340,7 @@ class Gram:
             self.add_wide(J)
             return
         self.waiting.append(J)
-        if sum(J.shape[1] for J in self.waiting) >= self.width:
+        if sum(J.shape[1] for J in self.waiting) >= self.width // 2:
             self.add_waiting()
 
     def add_waiting(self):
@@ -310,7 +350,7 @@ class Gram:
 
     def add_wide(self, J):
         columns = self.kernel.shape[1]
-        for start in range(0, columns, 128):  # whole tiles of a matrix product; 75 would take longer
+        for start in range(0, columns, 128):  # a multiple of the tiles in which matrix products are computed
             stop = min(start + 128, columns)
             self.kernel[start:, start:stop] += (J[start:] @ J[start:stop].T).to(self.kernel.device)
 
@@ -337,7 +377,9 @@ def add_linear(gram, inputs, gradients, workspace):
     (C, T, out), width = g.shape[1:], a.shape[2]
     T = max(a.shape[1] for a in inputs)
     if 2 * T * T * (width + C * C * (out + 64)) < C * C * out * width:
-        # few positions: J J^T = sum_ts <a_t, a'_s> <g_t, g'_s>; 64: one pass over the kernel
+        # Few positions: J J^T = sum_ts <a_t, a'_s> <g_t, g'_s>, without J. The left side counts the
+        # multiplications of that for one pair of samples (64 for the passes over the kernel, in float64),
+        # the right side those of J J^T, of which half are done.
         a = torch.cat([F.pad(a, (0, 0, 0, T - a.shape[1])) for a in inputs])  # (R, T, in)
         g = torch.cat([F.pad(g, (0, 0, 0, T - g.shape[2])) for g in gradients]).flatten(0, 1)  # (R C, T, out)
         kernel, columns = gram.kernel, gram.kernel.shape[1]
@@ -362,23 +404,23 @@ def add_linear(gram, inputs, gradients, workspace):
 def add_embedding(gram, padding_idx, inputs, gradients):
     """J has one row per token id: the sum of g where the id stands. One small product per id."""
     kernel, C, width = gram.kernel, gradients[0].shape[1], gradients[0].shape[3]
-    samples, ids, values, first = [], [], [], 0
+    samples, ids, values, R = [], [], [], 0
     for a, g in zip(inputs, gradients):
         keep = not_zero(g).any(1)  # (n, T)
         if padding_idx is not None:
             keep &= a != padding_idx  # nn.Embedding gives this row no gradient
-        samples.append(keep.nonzero()[:, 0] + first)
+        samples.append(keep.nonzero()[:, 0] + R)
         ids.append(a[keep])
         values.append(g.transpose(1, 2)[keep])  # (kept, C, width)
-        first += len(a)
-    key = torch.cat(ids) * first + torch.cat(samples)  # orders by id, then by sample
+        R += len(a)
+    key = torch.cat(ids) * R + torch.cat(samples)  # orders by id, then by sample
     key, where = key.unique(return_inverse=True)  # one entry for a token that stands twice
     J = torch.zeros(len(key), C, width, dtype=values[0].dtype, device=key.device)
     J.index_add_(0, where, torch.cat(values))
-    counts = torch.unique_consecutive(key // first, return_counts=True)[1].tolist()
-    for J_id, sample in zip(J.split(counts), (key % first).split(counts)):
-        if 2 * len(J_id) > first:  # most samples have it ([CLS], a position): then zeros are cheaper
-            everywhere = J.new_zeros(first, C, width)
+    counts = torch.unique_consecutive(key // R, return_counts=True)[1].tolist()
+    for J_id, sample in zip(J.split(counts), (key % R).split(counts)):
+        if 2 * len(J_id) > R:  # most samples have it ([CLS], a position): zeros for the others are faster
+            everywhere = J.new_zeros(R, C, width)
             everywhere[sample] = J_id
             gram.add(everywhere.flatten(0, 1))
             continue
@@ -388,31 +430,55 @@ def add_embedding(gram, padding_idx, inputs, gradients):
         kernel[row[:, None], column] += (J_id @ J_id[:len(column)].T).to(kernel.device)
 
 
-def spot_check(model, batches, num_train, kernel):
-    """Compare entries of Theta (R, C, N, C) with autograd; ArithmeticError where they differ."""
-    samples = [{name: t[i:i + 1] for name, t in batch.items()} for batch in batches
-               for i in range(len(batch["input_ids"]))]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    last = kernel.shape[1] - 1
+def spot_check(model, batches, num_train, kernel_pretrain, kernel_ft, budget):
+    """Compare six entries of P and of F (R, C, N, C) with autograd; ArithmeticError where they differ.
 
-    def gradient(sample, c):  # of one logit: a tensor per trained parameter
-        with torch.enable_grad():
-            logit = model(**samples[sample])[0, c]
-        return [g.cpu() for g in torch.autograd.grad(logit, trained, materialize_grads=True)]
+    Each by itself, against its own diagonal: where P is large, Theta would hide an error of F.
+    """
+    def sample(n):  # as a batch of one
+        for batch in batches:
+            if n < len(batch["input_ids"]):
+                return {name: t[n:n + 1] for name, t in batch.items()}
+            n -= len(batch["input_ids"])
 
-    def product(a, b):  # sums of millions of float32 terms: in float64
-        return sum((x * y).sum(dtype=torch.double).item() for x, y in zip(a, b))
+    last = kernel_ft.shape[1] - 1
+    points = [(0, 0), (num_train - 1, last), (len(kernel_ft) - 1, 0)]  # (sample, logit); two of training
+    with torch.enable_grad():
+        logits = [model(**sample(n))[0, c] for n, c in points]
+    tolerance = 1e-4 if model.head.weight.dtype == torch.float32 else 1e-9
+    for part, kernel in (("P", kernel_pretrain), ("F", kernel_ft)):
+        trained = [p for name, p in model.named_parameters()
+                   if p.requires_grad and name.startswith("head.") == (part == "P")]
+        expected = torch.zeros(3, 3, dtype=torch.double)
+        for chunk in by_size(trained, budget // 4):  # three gradients and a product of two
+            gradients = [[g.cpu() for g in torch.autograd.grad(logit, chunk, retain_graph=True,
+                                                               materialize_grads=True)] for logit in logits]
+            for i in range(3):
+                for j in range(i + 1):  # sums of millions of float32 terms: in float64
+                    expected[i, j] += sum((x * y).sum(dtype=torch.double).item()
+                                          for x, y in zip(gradients[i], gradients[j]))
+        for i, (n, c) in enumerate(points):
+            for j, (m, d) in enumerate(points[:2]):
+                autograd, found = float(expected[max(i, j), min(i, j)]), float(kernel[n, c, m, d])
+                scale = float(expected[i, i] * expected[j, j]) ** 0.5
+                if not abs(found - autograd) <= tolerance * scale:
+                    raise ArithmeticError(
+                        f"NTK: the spot check failed: {part} of sample {n}, logit {c} and sample {m}, logit {d} is "
+                        f"{found:.8g}, autograd says {autograd:.8g}. Does the model use a parameter outside its "
+                        "own layer, or let samples depend on each other?")
 
-    columns = {(m, c): gradient(m, c) for m, c in ((0, 0), (num_train - 1, last))}
-    for n in (0, len(samples) - 1):
-        row = columns[0, 0] if n == 0 else gradient(n, 0)
-        for (m, c), column in columns.items():
-            expected, found = product(row, column), float(kernel[n, 0, m, c])
-            scale = (product(row, row) * product(column, column)) ** 0.5
-            if not abs(found - expected) <= scale * (1e-4 if row[0].dtype == torch.float32 else 1e-9):
-                raise ArithmeticError(f"NTK: the spot check failed: Theta of sample {n}, logit 0 and sample "
-                                      f"{m}, logit {c} is {found:.8g}, autograd says {expected:.8g}. Does "
-                                      "the model use a parameter outside its own layer?")
+
+def by_size(tensors, size):
+    """`tensors` in lists of at most `size` bytes, or of one."""
+    lists, free = [], 0
+    for tensor in tensors:
+        bytes_of = tensor.numel() * tensor.element_size()
+        if bytes_of > free:
+            lists.append([])
+            free = size
+        lists[-1].append(tensor)
+        free -= bytes_of
+    return lists
 
 
 # ---------------------------------------------------------------------------- what the paper measures
@@ -466,7 +532,7 @@ def kernel_regression(train_kernel, train_labels, test_kernel, test_labels):
     C = train_kernel.shape[1]
     rows = train_kernel.flatten(2).flatten(0, 1)  # (N C, N C)
     test_rows = test_kernel.flatten(2).flatten(0, 1)  # (M C, N C)
-    scale = rows.diagonal().mean()
+    scale = float(rows.diagonal().mean()) or 1.0  # 0: F of a head V = 0
     targets = [F.one_hot(labels, C).flatten() for labels in (train_labels, test_labels)]
     probe = fit_linear_probe(rows / scale, targets[0], 2,
                              folds=stratified_folds(train_labels).repeat_interleave(C))

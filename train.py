@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import ntk
 import pretrain
-from data import load_task, read_task, tiny
+from data import evaluation_batches, load_task, read_task, tiny
 from data.corpora import CORPORA
 from export import export_classifier, save_classifier
 from lpft import (METRICS, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
@@ -321,12 +321,11 @@ def probe(args, model, task, features_0, log):
 
 
 def pick_ntk_samples(args, task):
-    """{split: indices} of the samples of --ntk, sorted by length: of train, and of test or else val."""
+    """{split: indices} of the samples of --ntk, in random order: of train, and of test or else val."""
     generator, picked = torch.Generator().manual_seed(args.seed), {}
     for name in ("train", "test" if "test" in task.splits else "val"):
         split = task.splits[name]
-        chosen = torch.randperm(len(split), generator=generator)[:args.ntk].numpy()
-        picked[name] = chosen[split.lengths[chosen].argsort(kind="stable")]
+        picked[name] = torch.randperm(len(split), generator=generator)[:args.ntk].numpy()
     counts = task.splits["train"].labels[picked["train"]].bincount(minlength=len(task.labels))
     if counts.min() < 5:
         raise ValueError(f"--ntk {args.ntk}: the {counts.sum()} training samples drawn have {counts.min()} of "
@@ -339,10 +338,17 @@ def ntk_stage(args, model, task, picked):
     """Table 2 at the start of the FT stage, printed; the kernels go to ntk.npz."""
     print()
     (train, train_indices), (test, test_indices) = ((task.splits[n], i) for n, i in picked.items())
-    batches = [[split.batch(indices[i:i + 16])[0] for i in range(0, len(indices), 16)]
-               for split, indices in ((train, train_indices), (test, test_indices))]
+    batches, places = [], []
+    for split, indices in ((train, train_indices), (test, test_indices)):
+        order = evaluation_batches(split.lengths[indices], 16)  # little padding
+        batches.append([split.batch(indices[some])[0] for some in order])
+        places.append(np.concatenate(order).argsort())  # where each sample is in the batches
     labels, test_labels = train.labels[train_indices], test.labels[test_indices]
     found = ntk.empirical_ntk(model.eval(), *batches)
+    # back to random order, from which kernel regression deals its folds
+    found = ntk.NTK(*(kernel[rows][:, :, places[0]] for kernel, rows in (
+        (found.pretrain, places[0]), (found.ft, places[0]), (found.test_pretrain, places[1]),
+        (found.test_ft, places[1]))))
     deltas = ntk.initial_deltas(predict(model, train)[1][train_indices], labels)
     result = {"train_samples": len(labels), "test_samples": len(test_labels), "test_split": [*picked][1],
               "ft_ratio": ntk.ft_ratio(found, deltas)}

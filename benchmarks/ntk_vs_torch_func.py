@@ -2,10 +2,10 @@
 
     python benchmarks/ntk_vs_torch_func.py            about 20 minutes; --only tiny: about 3
 
-ours             ntk.empirical_ntk, with the fastest of several batch sizes and memory budgets
+ours             ntk.empirical_ntk, with the fastest of several batch sizes and memory budgets (MiniLM: budgets)
 torch.func       Jacobian contraction: vmap(jacrev) per batch, one product per parameter; holds N C p
                  floats, so on MiniLM it runs without the word embeddings. Its batch size is the fastest
-                 of several, attention is PyTorch's "math" kernel, which vmap handles as a whole
+                 of several on 16 samples, attention is PyTorch's "math" kernel, which vmap handles as a whole
 forward-mode     the algorithm of LM-Kernel-FT: for each sample and logit the gradient, then one
                  forward-mode pass over all samples; measured on a share of the rows, extrapolated
 h backward       the algorithm of the paper's code: h backward passes per sample for the Jacobian of the
@@ -161,7 +161,7 @@ def compare(title, model, samples, repeats, settings, peer_sizes, left_out=(), j
 
     # first of all: once the peer has had its gigabytes, the allocator keeps some of them for us
     bounded = [run_ours(settings[0][0], budget) for budget in budgets]
-    few = {k: t[:16] for k, t in samples.items()}
+    few = {k: t[N // 32::N // 16][:16] for k, t in samples.items()}  # of all lengths
     trials = {size: measure(lambda: torch_func(model, few, size, left_out))[0] for size in peer_sizes}
     peer_size = min(trials, key=trials.get)
     our_size, our_budget = min(settings, key=lambda setting: run_ours(*setting)[0])
@@ -185,7 +185,8 @@ def compare(title, model, samples, repeats, settings, peer_sizes, left_out=(), j
     if jvp_rows:
         seconds = measure(lambda: forward_mode(model, samples, jvp_rows, 64))[0] * 3 * N / jvp_rows
         show("forward-mode", seconds, ours_s, note=f"extrapolated from {jvp_rows} of {3 * N} rows")
-    seconds = measure(lambda: feature_jacobian(model, samples, 2))[0] * N / 2
+    middle = cut({k: t[N // 2:N // 2 + 2] for k, t in samples.items()}, 2)[0]  # of median length, not padded
+    seconds = measure(lambda: feature_jacobian(model, middle, 2))[0] * N / 2
     show("h backward", seconds, ours_s, note=f"extrapolated from 2 of {N} samples")
     show("Gram alone", gram_alone(model, N), ours_s)
 

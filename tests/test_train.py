@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import ntk
 import train
 from checkpoint import read_safetensors
 from lpft import predict
@@ -142,23 +143,51 @@ def test_a_folder_of_your_own_without_test_file(random_folder, tmp_path, capsys)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] == {}
 
 
-def test_the_kernel_is_printed_and_saved_before_the_ft_stage(random_folder, tmp_path, capsys):
-    """--ntk changes nothing but what is reported."""
-    results = {}
+@pytest.mark.parametrize("name", ["ft", "ft-lora"])
+def test_the_kernel_is_that_of_the_start_of_the_ft_stage(name, random_folder, tmp_path, capsys):
+    """Saved for the samples and labels it says, with LoRA in place; the table is made from what is saved."""
+    assert train.main(command(name, "--model", str(random_folder), "--ntk", "30", "--out", str(tmp_path / "run"))) == 0
+    printed = capsys.readouterr().out
+    assert "NTK   N = 30 training and 30 test samples" in printed and "FT ratio" in printed
+    saved = np.load(tmp_path / "run" / "ntk.npz")
+    encoder, tokenizer = load_pretrained(random_folder)
+    torch.manual_seed(0)  # the same random head and LoRA as in the run
+    model = Classifier(encoder, 3).eval()
+    if "lora" in name:
+        add_lora(encoder)
+    task = load_task("tiny", tokenizer, max_train=60)
+    batches, labels = {}, {}
+    for split, key in (("train", "train_indices"), ("test", "test_indices")):
+        batches[split], labels[split] = task.splits[split].batch(saved[key])
+    expected = ntk.empirical_ntk(model, [batches["train"]], [batches["test"]])
+    for key in ("pretrain", "ft", "test_pretrain", "test_ft"):
+        assert np.allclose(saved[key], getattr(expected, key), rtol=1e-4, atol=1e-5 * getattr(expected, key).max())
+    assert (saved["labels"] == labels["train"].numpy()).all() and (saved["test_labels"] == labels["test"].numpy()).all()
+    with torch.no_grad():
+        deltas = ntk.initial_deltas(model(**batches["train"]), labels["train"])
+    assert np.allclose(saved["deltas"], deltas, atol=1e-5)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())["ntk"]
+    parts = {key: torch.from_numpy(saved[key]) for key in ("pretrain", "ft", "test_pretrain", "test_ft")}
+    found = ntk.NTK(**parts)
+    assert result["ft_ratio"] == pytest.approx(ntk.ft_ratio(found, torch.from_numpy(saved["deltas"])))
+    for row, kernel, test_kernel in (("P", found.pretrain, found.test_pretrain), ("F", found.ft, found.test_ft),
+                                     ("Theta", found.pretrain + found.ft, found.test_pretrain + found.test_ft)):
+        statistics = ntk.kernel_statistics(kernel)
+        assert result[row]["rank"] == statistics["rank"]
+        assert result[row]["frobenius"] == pytest.approx(statistics["frobenius"])
+        assert result[row]["singular_values"] == pytest.approx(statistics["singular_values"].tolist())
+        regression = ntk.kernel_regression(kernel, labels["train"], test_kernel, labels["test"])
+        assert {key: result[row][key] for key in regression} == regression
+
+
+def test_the_kernel_changes_nothing_but_what_is_reported(random_folder, tmp_path):
+    results = []
     for run, more in (("with", ["--ntk", "30"]), ("without", [])):
         arguments = command("lpft-lora", "--model", str(random_folder), *more)
         assert train.main([*arguments, "--out", str(tmp_path / run)]) == 0
-        results[run] = json.loads((tmp_path / run / "result.json").read_text())
-        del results[run]["seconds"]
-    printed = capsys.readouterr().out
-    assert "NTK   N = 30 training and 30 test samples" in printed and "FT ratio" in printed
-    found = results["with"].pop("ntk")
-    assert results["with"] == results["without"]
-    assert 0 < found["ft_ratio"] and found["P"]["rank"] % 3 == 0  # P is one matrix times I_C
-    saved = np.load(tmp_path / "with" / "ntk.npz")
-    assert saved["ft"].shape == saved["test_pretrain"].shape == (30, 3, 30, 3)
-    assert np.linalg.norm(saved["ft"]) == pytest.approx(found["F"]["frobenius"])
-    assert len(found["F"]["singular_values"]) == 90
+        results.append(json.loads((tmp_path / run / "result.json").read_text()))
+        del results[-1]["seconds"]
+    assert 0 < results[0].pop("ntk")["ft_ratio"] and results[0] == results[1]
 
 
 def test_the_learning_rate_is_that_of_the_encoder(random_folder):
