@@ -3,7 +3,8 @@
     python figures.py reproduction/tiny-tiny
 
 Each function draws one; `make_all` draws those for which there are runs. Colours are Okabe and Ito's, which
-colour-blind readers tell apart, one to a method throughout. Needs matplotlib and scikit-learn.
+colour-blind readers tell apart, one to a method throughout (one to a class in the maps of features). Needs
+matplotlib and scikit-learn.
 """
 
 import argparse
@@ -22,10 +23,11 @@ from sklearn.manifold import TSNE
 from data import load_task
 from export import load_classifier
 from lpft import predict
-from report import METHODS, SCALES, read_results
+from report import METHODS, SCALES, complete_seeds, read_results
 
 COLOURS = {"pre-trained": "#555555", "LP": "#E69F00", "FT": "#0072B2", "LoRA": "#56B4E9", "LP-FT": "#D55E00",
            "LP-LoRA": "#CC79A7"}
+SCALED_RUNS = [*METHODS] + [f"{name}-scale{scale}" for name in ("FT", "LP-FT") for scale in SCALES if scale != 1]
 CLASS_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.3, "legend.frameon": False, "figure.constrained_layout.use": True, "lines.linewidth": 2,
@@ -52,28 +54,28 @@ def metrics(out, name, seed):
 
 
 def head_norms(out, results, seeds):
-    """Fig. 1, 4: head norm and training accuracy along LP and along the FT stage, and the norms at the end."""
-    figure, (lp, ft, end) = panels(3)
+    """Fig. 1, 4: head norm and training accuracy along LP and along the FT stage, and the norms that are kept."""
+    figure, (lp, ft, accuracy, end) = panels(4)
     norms, accuracies = zip(*metrics(out, "LP", seeds[0])[0]["path"])
     lp.plot(norms, color=COLOURS["LP"], label="head norm")
     lp.plot(accuracies, color=COLOURS["LP"], linestyle=":", label="training accuracy")
-    lp.set(xlabel="step of the solver", ylabel="head norm; accuracy", title="LP, from V = 0", ylim=(0, None))
+    lp.set(xlabel="step of the solver", ylabel="head norm; accuracy", title=f"LP from V = 0, seed {seeds[0]}",
+           ylim=(0, None))
     lp.legend()
     for name in METHODS:
         if name != "LP":
             records = [[r for r in metrics(out, name, seed) if r["stage"] == "ft"] for seed in seeds]
-            epochs = range(len(records[0]))
-            for key, style in (("head_norm", "-"), ("train_accuracy", ":")):
-                curve = np.mean([[r[key] for r in run] for run in records], 0)
-                ft.plot(epochs, curve, style, color=COLOURS[name], label=name if style == "-" else None)
-    ft.set(xlabel="epoch", ylabel="head norm; accuracy (dotted)", title="FT stage", ylim=(0, None))
+            for axis, key in ((ft, "head_norm"), (accuracy, "train_accuracy")):
+                axis.plot(np.mean([[r[key] for r in run] for run in records], 0), color=COLOURS[name], label=name)
+    ft.set(xlabel="epoch", ylabel="head norm", title="FT stage, mean of seeds", ylim=(0, None))
     ft.set_ylim(0, 1.4 * ft.get_ylim()[1])  # room for the legend
     ft.legend(fontsize=9, ncols=2, loc="upper center")
+    accuracy.set(xlabel="epoch (from 1 with dropout)", ylabel="training accuracy", title="FT stage, mean of seeds")
     for i, name in enumerate(METHODS):
         values = [result["head_norm"] for result in of_seeds(results, name, seeds)]
         end.bar(i, statistics.mean(values), yerr=statistics.stdev(values), color=COLOURS[name], capsize=4)
     end.set_xticks(range(len(METHODS)), METHODS, rotation=30)
-    end.set(ylabel="head norm", title="at the end")
+    end.set(ylabel="head norm", title="kept epoch, ± std of seeds")
     end.grid(axis="x", visible=False)
     return figure
 
@@ -82,19 +84,20 @@ def spectra(out, results, seeds):
     """Fig. 2, 7: singular values of P and F over the largest, mean over seeds."""
     figure, axes = panels(2)
     for axis, kernel in zip(axes, ("P", "F")):
-        for name in METHODS:
+        for name in METHODS if kernel == "F" else ("FT",):  # P is one and the same
             if name != "LP":
-                values = [r["ntk"][kernel]["singular_values"] for r in of_seeds(results, name, seeds)]
-                values = np.clip(np.mean(values, 0), 1e-9, None)
-                axis.semilogy(range(1, len(values) + 1), values, color=COLOURS[name], label=name,
-                              linestyle="--" if "LoRA" in name else "-")
-        axis.set(xlabel="index", ylabel="singular value / largest", title=f"{kernel} at the start of the FT stage")
-    axes[0].legend()
+                values = np.mean([r["ntk"][kernel]["singular_values"] for r in of_seeds(results, name, seeds)], 0)
+                values = values[values > len(values) * np.finfo(np.float32).eps]  # those that the rank counts
+                axis.semilogy(range(1, len(values) + 1), values, linestyle="--" if "LoRA" in name else "-",
+                              color=COLOURS[name] if kernel == "F" else "#222222",
+                              label=name if kernel == "F" else "all methods")
+        axis.set(xlabel="index", ylabel="singular value / largest", title=f"{kernel}, start of the FT stage")
+        axis.legend(fontsize=9)
     return figure
 
 
 def trace_norms(out, results, seeds):
-    """Fig. 8, 9: trace norm of each C x C block, samples sorted by class; lines part the classes."""
+    """Fig. 8, 9: trace norm of each C x C block over the panel's largest; lines part the classes."""
     drawn = [("LP-FT", "P", "pretrain")] + [(name, "F", "ft") for name in METHODS if name != "LP"]
     figure, axes = panels(len(drawn))
     for axis, (name, label, key) in zip(axes, drawn):
@@ -114,6 +117,7 @@ def trace_norms(out, results, seeds):
 
 def head_scales(out, results, seeds):
     """Fig. 3, 10, 11: feature change against the factor on the starting head, with standard errors."""
+    seeds = complete_seeds(results, SCALED_RUNS)
     splits = list(results[f"LP-seed{seeds[0]}"]["accuracy"])
     groups = [("test", splits[:1])] + ([("out of distribution", splits[1:])] if splits[1:] else [])
     figure, axes = panels(len(groups))
@@ -145,24 +149,27 @@ def load_runs(out, results, seed):
 def feature_maps(out, results, seeds, runs):
     """Fig. 5, 6: t-SNE of test features (dots) with the head's rows (stars), stretched to the features' length."""
     found, labels, names = runs
+    some = np.random.default_rng(0).permutation(len(labels))[:400]
+    colours = [plt.get_cmap("tab20")(c) for c in range(20)] if len(names) > len(CLASS_COLOURS) else CLASS_COLOURS
     figure, axes = panels(len(METHODS))
     for axis, (name, (features, _, _, head)) in zip(axes, found.items()):
-        features = features[:400]
+        features = features[some]
         rows = head / head.norm(dim=1, keepdim=True).clamp(min=1e-12) * features.norm(dim=1).mean()
         points = np.concatenate([features.numpy(), rows.numpy()])
         perplexity = min(30, len(points) // 4)
         placed = TSNE(perplexity=perplexity, random_state=0, init="pca").fit_transform(points)
         for c, label in enumerate(names):
-            colour, here = CLASS_COLOURS[c % len(CLASS_COLOURS)], (labels[:400] == c).numpy()
+            colour, here = colours[c % len(colours)], (labels[some] == c).numpy()
             axis.scatter(*placed[:len(features)][here].T, s=10, color=colour, label=label, alpha=0.7, linewidths=0)
-            axis.scatter(*placed[len(features) + c], s=170, marker="*", color=colour, edgecolors="black")
+            axis.scatter(*placed[len(features) + c], s=170, marker="*", color=colour, edgecolors="black",
+                         label=f"head row of {label}")
         axis.set(title=name, xticks=[], yticks=[])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), markerscale=2.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
 def reliability(out, results, seeds, runs):
-    """Accuracy against confidence in 15 bins, before and after temperature scaling; the paper has no such figure."""
+    """Accuracy against confidence in 15 bins, the larger the mark the more samples; not in the paper."""
     found, labels, _ = runs
     figure, axes = panels(len(METHODS))
     for axis, (name, (_, logits, temperature, _)) in zip(axes, found.items()):
@@ -172,11 +179,12 @@ def reliability(out, results, seeds, runs):
             right, bins = (prediction == labels).double().numpy(), np.ceil(confidence.numpy() * 15)
             points = np.array([(confidence.numpy()[bins == b].mean(), right[bins == b].mean(), (bins == b).mean())
                                for b in np.unique(bins)])
-            axis.plot(points[:, 0], points[:, 1], marker=marker, markersize=5, label=label,
-                      color=COLOURS[name] if scale == 1.0 else "#222222", linewidth=1.5)
+            colour = COLOURS[name] if scale == 1.0 else "#222222"
+            axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=1)
+            axis.scatter(points[:, 0], points[:, 1], 8 + 150 * points[:, 2], marker=marker, color=colour, label=label)
         axis.set(title=f"{name}, T = {temperature:.3g}", xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02),
                  ylim=(0, 1.02))
-    axes[0].legend(fontsize=9)
+        axis.legend(fontsize=9)  # colours differ from panel to panel
     return figure
 
 
@@ -191,7 +199,7 @@ def make_all(out, results, seeds):
         f"Test features and head rows, t-SNE, seed {seeds[0]} (Fig. 5, 6)": ("features", feature_maps, (runs,)),
         f"Reliability, before and after temperature scaling, seed {seeds[0]}": ("reliability", reliability, (runs,)),
     }
-    if f"FT-scale{SCALES[0]}-seed{seeds[0]}" not in results:
+    if len(complete_seeds(results, SCALED_RUNS)) < 2:
         del drawn["Feature change against the scale of the head (Fig. 3, 10, 11)"]
     with plt.rc_context(STYLE):
         for file, draw, more in drawn.values():
@@ -206,14 +214,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Figures of a folder that reproduce.py made.")
     parser.add_argument("folder", type=Path, help="the --out of reproduce.py")
     out = parser.parse_args(argv).folder
-    results, _ = read_results(out)
-    seeds = [seed for seed in range(1, 1000) if all(f"{name}-seed{seed}" in results for name in METHODS)]
-    if len(seeds) < 2:
-        print(f"figures.py: error: {out}: no two seeds have a finished run of every method", file=sys.stderr)
+    try:
+        results, _ = read_results(out)
+        seeds = complete_seeds(results)
+        if len(seeds) < 2:
+            raise ValueError(f"{out}: no two seeds have a finished run of every method")
+        for title, file in make_all(out, results, seeds).items():
+            print(f"{title}: {out / 'figures' / file}.svg, .png")
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"figures.py: error: {error}", file=sys.stderr)
         return 2
-    for title, file in make_all(out, results, seeds).items():
-        print(f"{title}: {out / 'figures' / file}.svg, .png")
-    return 0
 
 
 if __name__ == "__main__":

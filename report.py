@@ -29,18 +29,30 @@ SCALES = (0.1, 0.5, 1, 2, 5, 10, 50, 100)  # of the head, Fig. 3
 def read_results(out):
     """{run: result.json} of the finished runs, and {tuning run: result.json}."""
     names = sorted(path.parent.name for path in (out / "runs").glob("*/flags.json"))
-    results = {name: json.loads((out / "runs" / name / "result.json").read_text(encoding="utf-8")) for name in names}
+    results = {name: json.loads((out / "runs" / name / "result.json").read_text(encoding="utf-8"))
+               for name in names if not name.endswith(".partial")}
     tuning = {name: result for name, result in results.items() if name.startswith("tune-")}
     return {name: result for name, result in results.items() if name not in tuning}, tuning
 
 
-def choose_rates(tuning):
-    """{method: learning rate} with the highest mean validation score over the tuning seeds."""
+def complete_seeds(results, runs=tuple(METHODS)):
+    """The seeds of which every one of `runs` is finished."""
+    return [seed for seed in range(1, 1000) if all(f"{name}-seed{seed}" in results for name in runs)]
+
+
+def tuning_scores(tuning):
+    """{method: {learning rate: [validation scores over the tuning seeds]}}."""
     scores = {}
-    for run, result in tuning.items():  # tune-METHOD-RATE-seedS
+    for run, result in tuning.items():  # tune-METHOD=RATE-seedS
         method, rate = run.removeprefix("tune-").split("-seed")[0].split("=")
         scores.setdefault(method, {}).setdefault(rate, []).append(result[f"val_{result['metric']}"])
-    return {method: max(of, key=lambda rate: statistics.mean(of[rate])) for method, of in scores.items()}
+    return scores
+
+
+def choose_rates(tuning):
+    """{method: learning rate} of the highest mean validation score; of equals the smallest."""
+    return {method: max(of, key=lambda rate: (statistics.mean(of[rate]), -float(rate)))
+            for method, of in tuning_scores(tuning).items()}
 
 
 # ---------------------------------------------------------------------------- tables
@@ -50,7 +62,7 @@ def tables(metric, splits):
     """{title: [(row, keys into result.json)]}; the columns are the methods."""
     def calibration(split):
         return [(f"{kind.upper()}{after}, {split}", ("calibration", split, kind + key))
-                for kind in ("ece", "mce") for after, key in (("", ""), (" / T", "_scaled"))]
+                for kind in ("ece", "mce") for after, key in (("", ""), (" with T", "_scaled"))]
 
     return {
         f"{metric.capitalize()}, in and out of distribution (Tables 8, 10, 16)": [(split, (metric, split)) for split in splits],
@@ -61,8 +73,9 @@ def tables(metric, splits):
                             ("Diff(C)", ("head_diff",))],
         "Kernel at the start of the FT stage (Tables 2, 9)": [
             (f"{label}, {kernel}", ("ntk", kernel, key)) for kernel in ("P", "F", "Theta") for label, key in
-            (("rank", "rank"), ("Frobenius", "frobenius"), ("train", "train_accuracy"), ("test", "test_accuracy"),
-             ("train / logit", "train_logit_accuracy"), ("test / logit", "test_logit_accuracy"))
+            (("rank", "rank"), ("Frobenius norm", "frobenius"), ("regression, train accuracy", "train_accuracy"),
+             ("regression, test accuracy", "test_accuracy"), ("the same per logit, train", "train_logit_accuracy"),
+             ("the same per logit, test", "test_logit_accuracy"))
         ] + [("FT ratio", ("ntk", "ft_ratio"))],
         "Calibration (Tables 3, 14, 15)": [row for split in splits for row in calibration(split)],
     }
@@ -75,7 +88,7 @@ def look_up(result, keys):
     return result
 
 
-def fill_table(rows, results):
+def fill_table(rows, results, seeds):
     """{row: {column: {mean, std, values, runs, key}}} over seeds, by method and, for features, pre-trained."""
     table = {}
     for row, keys in rows:
@@ -84,9 +97,9 @@ def fill_table(rows, results):
         if keys[0] == "features":
             columns = {"pre-trained": ("LP", ("features_pretrained", *keys[1:]))} | columns
         for column, (method, path) in columns.items():
-            found = {run: look_up(result, path) for run, result in results.items() if run.startswith(f"{method}-seed")}
+            found = {run: look_up(results[run], path) for run in (f"{method}-seed{seed}" for seed in seeds)}
             values = [value for value in found.values() if value is not None]
-            if values:
+            if len(values) == len(found):
                 table[row][column] = {
                     "mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0,
                     "values": values, "runs": [f"runs/{run}/result.json" for run in found], "key": ".".join(path)}
@@ -94,7 +107,10 @@ def fill_table(rows, results):
 
 
 def number(x):
-    return f"{x:.3f}" if abs(x) < 100 else f"{x:.0f}"
+    """Three digits behind the point, fewer for large and for whole numbers, two that count for small ones."""
+    if float(x).is_integer() or abs(x) >= 100:
+        return f"{x:.0f}"
+    return f"{x:.3f}" if abs(x) >= 0.01 else f"{x:.2g}"
 
 
 # ---------------------------------------------------------------------------- claims
@@ -122,8 +138,8 @@ def t_quantile(degrees):
 
 
 def claims(metric, splits):
-    """[(claim, [(part, function of the results of one seed by run name: positive where the claim holds)])]."""
-    ood = [split for split in splits if split != "test"]
+    """[(claim, [(part, measure, margin)])]: the claim holds where measure(runs of one seed) is above margin."""
+    ood = tuple(split for split in splits if split != "test")
 
     def mean(result, keys, over):  # of the numbers under `keys`, "*" being each split of `over`
         return statistics.mean(reduce(getitem, [split if key == "*" else key for key in keys], result)
@@ -138,96 +154,114 @@ def claims(metric, splits):
     def gain(result, over):  # of temperature scaling
         return mean(result, ("calibration", "*", "ece"), over) - mean(result, ("calibration", "*", "ece_scaled"), over)
 
-    def slope(name):  # of Diff(F) over log10 of the head scale
+    def kernel_difference(name, key):
+        return lambda of: of[name]["ntk"]["F"][key] - of[name]["ntk"]["P"][key]
+
+    def rank_ratio(one, other):
+        return lambda of: reduce(lambda a, b: min(a, b) / max(a, b), (of[n]["ntk"]["F"]["rank"] for n in (one, other)))
+
+    def spectral_distance(one, other):  # over the singular values that both ranks count
+        def of_seed(of):
+            count = min(of[name]["ntk"]["F"]["rank"] for name in (one, other))
+            a, b = (np.array(of[name]["ntk"]["F"]["singular_values"][:count]) for name in (one, other))
+            return -float(np.abs(np.log10(a / b)).mean())
+        return of_seed
+
+    def fall(name):  # of Diff(F) per factor of ten of the head, by least squares
         def of_seed(of):
             points = {scale: of[name if scale == 1 else f"{name}-scale{scale}"] for scale in SCALES}
             diffs = [mean(result, ("features", "*", "diff"), ("test",)) for result in points.values()]
             return -float(np.polyfit(np.log10(list(points)), diffs, 1)[0])
         return of_seed
 
-    def spectra(of):  # mean distance of the normalised singular values of F under LoRA and FT
-        a, b = (np.array(of[name]["ntk"]["F"]["singular_values"]) for name in ("FT", "LoRA"))
-        return 0.05 - float(np.abs(a - b).mean())
-
-    both = [("in distribution", ("test",))] + ([("out of distribution", tuple(ood))] if ood else [])
-    features = [(f"{label}, {where}", difference(*order, "features", "*", key, over=over)) for where, over in both
-                for label, key, order in (("Diff(F): FT - LP-FT", "diff", ("FT", "LP-FT")),
-                                          ("CS(F): LP-FT - FT", "cs", ("LP-FT", "FT")),
-                                          ("FDR(F): FT - LP-FT", "fdr", ("FT", "LP-FT")))]
-    out = [(f"{metric}, out of distribution: LP-FT - FT", difference("LP-FT", "FT", metric, "*", over=tuple(ood)))]
+    where = [("in distribution", ("test",)), ("out of distribution", ood)]
+    pairs = (("FT", "LoRA"), ("LP-FT", "LP-LoRA"))
     return [
-        ("The head norm grows far more in LP than in FT or LoRA", [
-            (f"growth of Norm(C): LP - {other}", lambda of, other=other: growth(of["LP"]) - growth(of[other]))
-            for other in ("FT", "LoRA")]),
-        ("Features move less in LP-FT than in FT", features),
+        ("The head norm grows far more (at least twice as much) in LP than in FT or LoRA", [
+            (f"growth of the norm: LP - 2 x {other}",
+             lambda of, other=other: growth(of["LP"]) - 2 * growth(of[other]), 0) for other in ("FT", "LoRA")]),
+        ("Features move less in LP-FT than in FT", [
+            (f"{label}, {place}", difference(*order, "features", "*", key, over=over), 0) for place, over in where
+            for label, key, order in (("Diff(F): FT - LP-FT", "diff", ("FT", "LP-FT")),
+                                      ("CS(F): LP-FT - FT", "cs", ("LP-FT", "FT")),
+                                      ("FDR(F): FT - LP-FT", "fdr", ("FT", "LP-FT")))]),
         ("LP-FT matches or beats FT in distribution and beats it out of distribution; LP is weakest in distribution", [
-            (f"{metric}: LP-FT - FT + 0.01 (one point is a match)",
-             lambda of: difference("LP-FT", "FT", metric, "*")(of) + 0.01),
-            *out * bool(ood),
-            (f"{metric}: lowest of the others - LP",
-             lambda of: min(difference(name, "LP", metric, "*")(of) for name in METHODS if name != "LP"))]),
+            (f"{metric}: LP-FT - FT (one point less is a match)", difference("LP-FT", "FT", metric, "*"), -0.01),
+            (f"{metric}, out of distribution: LP-FT - FT", difference("LP-FT", "FT", metric, "*", over=ood), 0),
+            *[(f"{metric}: {name} - LP", difference(name, "LP", metric, "*"), 0) for name in METHODS if name != "LP"]]),
         ("F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT than in FT", [
-            ("rank in LP-FT: F - P", lambda of: of["LP-FT"]["ntk"]["F"]["rank"] - of["LP-FT"]["ntk"]["P"]["rank"]),
-            ("test accuracy of kernel regression in LP-FT: F - P", lambda of: (
-                of["LP-FT"]["ntk"]["F"]["test_accuracy"] - of["LP-FT"]["ntk"]["P"]["test_accuracy"])),
-            ("FT ratio: LP-FT - FT", lambda of: of["LP-FT"]["ntk"]["ft_ratio"] - of["FT"]["ntk"]["ft_ratio"])]),
+            *[(f"{label}, {name}: F - P", kernel_difference(name, key), 0) for name in ("FT", "LP-FT")
+              for label, key in (("rank", "rank"), ("test accuracy of regression", "test_accuracy"))],
+            ("FT ratio: LP-FT - FT", lambda of: of["LP-FT"]["ntk"]["ft_ratio"] - of["FT"]["ntk"]["ft_ratio"], 0)]),
         ("F under LoRA has nearly the rank and the normalised spectrum of F under FT", [
-            ("0.1 - |1 - rank under LoRA / rank under FT|", lambda of: 0.1 - abs(
-                1 - of["LoRA"]["ntk"]["F"]["rank"] / of["FT"]["ntk"]["F"]["rank"])),
-            ("0.05 - mean distance of the singular values", spectra)]),
+            part for one, other in pairs for part in (
+                (f"rank, {one} and {other}: smaller / larger", rank_ratio(one, other), 0.9),
+                (f"spectrum, {one} and {other}: - mean |log10 ratio|", spectral_distance(one, other), -0.3))]),
         ("A larger starting head norm makes the feature change smaller", [
-            (f"fall of Diff(F) per factor 10 of the head, {name}", slope(name)) for name in ("FT", "LP-FT")]),
+            (f"fall of Diff(F) per factor 10 of the head, {name}", fall(name), 0) for name in ("FT", "LP-FT")]),
         ("LP-FT is worse calibrated than FT and gains most from temperature scaling", [
-            part for where, over in both for part in (
-                (f"ECE, {where}: LP-FT - FT", difference("LP-FT", "FT", "calibration", "*", "ece", over=over)),
-                (f"fall of ECE by temperature scaling, {where}: LP-FT - FT",
-                 lambda of, over=over: gain(of["LP-FT"], over) - gain(of["FT"], over)))]),
+            part for place, over in where for part in (
+                (f"ECE, {place}: LP-FT - FT", difference("LP-FT", "FT", "calibration", "*", "ece", over=over), 0),
+                *[(f"fall of ECE by T, {place}: LP-FT - {other}", lambda of, over=over, other=other: (
+                    gain(of["LP-FT"], over) - gain(of[other], over)), 0) for other in METHODS if other != "LP-FT"])]),
     ]
 
 
 def judge(metric, splits, results, seeds):
-    """[{claim, verdict, parts: [{part, mean, lower, upper, values, verdict}]}]; parts without runs are left out."""
+    """[{claim, verdict, parts: [{part, margin, mean, lower, upper, values, seeds, verdict}]}]."""
     judged = []
     for claim, parts in claims(metric, splits):
         found = []
-        for part, measure in parts:
+        for part, measure, margin in parts:
             by_seed = [{run.removesuffix(f"-seed{seed}"): result for run, result in results.items()
                         if run.endswith(f"-seed{seed}")} for seed in seeds]
+            found.append({"part": part, "margin": margin, "verdict": "not measured"})
             try:
                 values = [float(measure(of)) for of in by_seed]
-            except KeyError:  # runs that were left out: --no-scales
+            except (KeyError, TypeError, statistics.StatisticsError):  # no such runs, null, no such split
                 continue
             mean, lower, upper = confidence_interval(values)
-            verdict = "holds" if lower > 0 else "does not hold" if upper < 0 else "undecided"
-            found.append({"part": part, "mean": mean, "lower": lower, "upper": upper, "values": values,
-                          "verdict": verdict})
+            verdict = "holds" if lower > margin else "does not hold" if upper <= margin else "undecided"
+            found[-1] |= {"mean": mean, "lower": lower, "upper": upper, "values": values, "seeds": seeds,
+                          "verdict": verdict}
         verdicts = {part["verdict"] for part in found}
-        whole = next((v for v in ("does not hold", "undecided") if v in verdicts), "holds") if found else "not measured"
-        judged.append({"claim": claim, "verdict": whole, "parts": found})
+        whole = verdicts.pop() if len(verdicts) == 1 else "undecided"
+        judged.append({"claim": claim, "verdict": "does not hold" if "does not hold" in verdicts else whole,
+                       "parts": found})
     return judged
 
 
 # ---------------------------------------------------------------------------- the report
 
 
-def write_report(out, command):
+def write_report(out):
     """report.md, report.html and tables.json of the finished runs; prints the verdicts."""
     results, tuning = read_results(out)
-    seeds = [seed for seed in range(1, 1000) if all(f"{name}-seed{seed}" in results for name in METHODS)]
+    seeds = complete_seeds(results)
     if len(seeds) < 2:
         raise ValueError(f"{out}: {len(seeds)} seeds have a finished run of every method; expected two or more")
     first = results[f"LP-seed{seeds[0]}"]
     metric, splits = first["metric"], list(first["accuracy"])
-    filled = {title: fill_table(rows, results) for title, rows in tables(metric, splits).items()}
-    judged, rates = judge(metric, splits, results, seeds), choose_rates(tuning)
-    content = {"tables": filled, "claims": judged, "learning_rates": rates}
+    if "test" not in splits:
+        raise ValueError(f"{out}: its runs have no test split, which tables and claims are about")
+    filled = {title: fill_table(rows, results, seeds) for title, rows in tables(metric, splits).items()}
+    judged, command = judge(metric, splits, results, seeds), out / "command.txt"
+    used = {}  # what the runs' own configuration says
+    for name in METHODS:
+        config = json.loads((out / "runs" / f"{name}-seed{seeds[0]}" / "config.json").read_text(encoding="utf-8"))
+        if "lr" in config:
+            used[name] = f"{config['lr']:g} ({config['batch_size']}, {config['epochs']})"
+    content = {"seeds": seeds, "claims": judged, "tables": filled, "tuning": tuning_scores(tuning)}
     (out / "tables.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     title = f"{first['data']} with {Path(first['model']).name}, {len(seeds)} seeds"
-    intro = [f"Made by `{command}`. Mean ± standard deviation over seeds; intervals are 95 % of the mean paired "
-             "difference over seeds (Student's t). Every number and the files behind it: `tables.json`."]
-    if rates:
-        intro.append("Learning rates, by the mean validation score over tuning seeds of their own: "
-                     + ", ".join(f"{name} {rate}" for name, rate in rates.items()) + ".")
+    intro = [
+        f"Made by `{command.read_text(encoding='utf-8').strip()}`." if command.is_file() else "",
+        "Mean ± standard deviation over seeds; intervals are 95 % of the mean paired difference over seeds (Student's "
+        "t). Seeds vary head, dropout, order and the samples of the kernel, and with --max-train the training "
+        "samples: an interval says nothing about other data or another encoder. Every number and the files behind "
+        "it: `tables.json`.",
+        "Learning rate (batch size, epochs): " + ", ".join(f"{name} {rate}" for name, rate in used.items()) + ". "
+        + ("Rates were chosen by the mean validation score over tuning seeds of their own." if tuning else "")]
     figures = make_figures(out, results, seeds)
     (out / "report.md").write_text(as_markdown(title, intro, judged, filled, figures), encoding="utf-8")
     (out / "report.html").write_text(as_html(title, intro, judged, filled, figures, out), encoding="utf-8")
@@ -237,22 +271,28 @@ def write_report(out, command):
 
 
 def make_figures(out, results, seeds):
-    """{title: file name without suffix, under figures/}; nothing, and a line, where packages are missing."""
+    """{title: file name without suffix, under figures/}; nothing, and a line, where they cannot be made."""
     try:
         import figures
     except ImportError as error:
         print(f"no figures: {error}; pip install -r requirements-dev.txt")
         return {}
-    return figures.make_all(out, results, seeds)
+    try:
+        return figures.make_all(out, results, seeds)
+    except (ValueError, OSError) as error:  # data that have moved
+        print(f"no figures: {error}")
+        return {}
 
 
 def claim_rows(judged):
     """(cells, whether it heads a claim) of the table of claims."""
     for number_of, claim in enumerate(judged, 1):
-        yield [f"{number_of}. {claim['claim']}", "", "", claim["verdict"]], True
+        yield [f"{number_of}. {claim['claim']}", "", "", "", claim["verdict"]], True
         for part in claim["parts"]:
-            interval = f"{number(part['lower'])} to {number(part['upper'])}"
-            yield [part["part"], number(part["mean"]), interval, part["verdict"]], False
+            numbers = ["", ""]
+            if "mean" in part:
+                numbers = [number(part["mean"]), f"{number(part['lower'])} to {number(part['upper'])}"]
+            yield [part["part"], *numbers, f"> {part['margin']:g}", part["verdict"]], False
 
 
 def table_rows(table):
@@ -264,7 +304,7 @@ def table_rows(table):
 
 def as_markdown(title, intro, judged, filled, figures):
     lines = [f"# {title}", "", "\n\n".join(intro), "", "## The seven claims", "",
-             "| measured | mean | 95 % interval | verdict |", "|---|---|---|---|"]
+             "| measured | mean | 95 % interval | claimed | verdict |", "|---|---|---|---|---|"]
     for cells, heads in claim_rows(judged):
         cells = [cell.replace("|", "\\|") for cell in cells]
         lines.append("| " + " | ".join(f"**{cell}**" if heads and cell else cell for cell in cells) + " |")
@@ -279,10 +319,10 @@ def as_markdown(title, intro, judged, filled, figures):
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1em; max-width: 1100px; color: #222; }
-table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: clamp(9px, 2.3vw, 14px); }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: clamp(10px, 2.6vw, 14px); }
 td, th { padding: .25em .3em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
          overflow-wrap: anywhere; hyphens: auto; }
-th:first-child, td:first-child { width: 22%; } .claims td:first-child { width: 46%; }
+th:first-child { width: 24%; } .claims th:first-child { width: 38%; }
 .head td { font-weight: 600; border-top: 2px solid #999; } small { color: #666; white-space: nowrap; }
 code { overflow-wrap: anywhere; } img { width: 100%; height: auto; }
 .holds { color: #00664b; } .does { color: #a33f00; } .undecided, .not { color: #555; }
@@ -300,11 +340,11 @@ def as_html(title, intro, judged, filled, figures, out):
 
     body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{code(text)}</p>" for text in intro),
             "<h2>The seven claims</h2><table class=claims>",
-            row(["measured", "mean", "95 % interval", "verdict"], "th")]
+            row(["measured", "mean", "95 % interval", "claimed", "verdict"], "th")]
     for cells, heads in claim_rows(judged):
         verdict = f"<span class='{cells[-1].split()[0]}'>{cells[-1]}</span>"
         if heads:
-            body.append(f"<tr class=head><td colspan=3>{html.escape(cells[0])}<td>{verdict}</tr>")
+            body.append(f"<tr class=head><td colspan=4>{html.escape(cells[0])}<td>{verdict}</tr>")
         else:
             body.append(row([*map(html.escape, cells[:-1]), verdict]))
     body.append("</table>")
@@ -327,7 +367,7 @@ def main(argv=None):
     parser.add_argument("folder", type=Path, help="the --out of reproduce.py")
     args = parser.parse_args(argv)
     try:
-        write_report(args.folder, f"python report.py {args.folder}")
+        write_report(args.folder)
         return 0
     except (ValueError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)

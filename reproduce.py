@@ -23,6 +23,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 import train
 from report import METHODS, SCALES, choose_rates, read_results, write_report
 
@@ -42,8 +44,9 @@ def parse_args(argv=None):
     parser.add_argument("--ntk", type=int, default=100, metavar="N", help="samples of the kernel (default: 100)")
     parser.add_argument("--no-tuning", action="store_true", help="keep train.py's learning rates")
     parser.add_argument("--no-scales", action="store_true", help="leave out the runs from scaled heads (claim 6)")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), metavar="N",
-                        help="processes side by side (default: half the processors)")
+    jobs = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 2)
+    parser.add_argument("--jobs", type=int, default=jobs, metavar="N",
+                        help="processes side by side (default: half the processors; 1 with a GPU)")
     parser.add_argument("--out", type=Path, help="folder of everything (default: reproduction/DATA-MODEL)")
     parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
     args = parser.parse_args(argv)
@@ -64,7 +67,7 @@ def common_flags(args, name, seed):
     for flag in ("data_dir", "max_train", "max_length"):
         if getattr(args, flag) is not None:
             flags += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
-    if args.epochs and method != "lp":
+    if args.epochs is not None and method != "lp":
         flags += ["--epochs", str(args.epochs)]
     return flags
 
@@ -146,14 +149,20 @@ def run_all(args, runs):
 
 def main(argv=None):
     args = parse_args(argv)
+    for flags in main_runs(args, {}).values():  # a flag that train.py refuses ends here, not after an hour
+        train.parse_args(flags)
+    command = " ".join(["python reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "command.txt").write_text(command + "\n", encoding="utf-8")
         if "tiny" in (args.model, args.data):  # pre-trained once, not in every process
             train.pretrain.tiny_encoder()
         if not args.no_tuning:
             run_all(args, tuning_runs(args))
-        rates = choose_rates(read_results(args.out)[1])
+        tuned = read_results(args.out)[1]
+        rates = {} if args.no_tuning else choose_rates({name: tuned[name] for name in tuning_runs(args)})
         run_all(args, main_runs(args, rates) | ({} if args.no_scales else scale_runs(args, rates)))
-        write_report(args.out, " ".join(["python reproduce.py", *(sys.argv[1:] if argv is None else argv)]))
+        write_report(args.out)
         return 0
     except (ValueError, OSError) as error:
         print(f"reproduce.py: error: {error}", file=sys.stderr)

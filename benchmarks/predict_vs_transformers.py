@@ -29,6 +29,7 @@ import torch
 import transformers
 
 import predict
+from data import Task
 from data.corpora import CORPORA, corpus_sources
 from export import export_classifier, load_classifier, save_classifier
 from model import Classifier, load_pretrained
@@ -119,8 +120,9 @@ def main():
         (temporary / "run").mkdir()
         encoder, tokenizer = load_pretrained(MINILM)
         model = Classifier(encoder, 2).eval()
-        save_classifier(temporary / "run", model, tokenizer, ["no", "yes"], 1.0, LENGTH)
-        export_classifier(temporary / "export", model, tokenizer, ["no", "yes"], 1.0, MINILM)
+        task = Task({}, ["no", "yes"])
+        save_classifier(temporary / "run", model, tokenizer, task, 1.0, LENGTH, "texts")
+        export_classifier(temporary / "export", model, tokenizer, task, 1.0, LENGTH, MINILM)
         ours, theirs = [], []
         for i in range(args.repeats):
             part = texts[i * CHUNK:(i + 1) * CHUNK]
