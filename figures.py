@@ -181,7 +181,8 @@ def reliability(out, results, seeds, runs):
                                for b in np.unique(bins)])
             colour = COLOURS[name] if scale == 1.0 else "#222222"
             axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=1)
-            axis.scatter(points[:, 0], points[:, 1], 8 + 150 * points[:, 2], marker=marker, color=colour, label=label)
+            axis.scatter(points[:, 0], points[:, 1], 8 + 150 * points[:, 2], marker=marker, color=colour,
+                         label=label)
         axis.set(title=f"{name}, T = {temperature:.3g}", xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02),
                  ylim=(0, 1.02))
         axis.legend(fontsize=9)  # colours differ from panel to panel
@@ -193,7 +194,8 @@ def make_all(out, results, seeds):
     (out / "figures").mkdir(exist_ok=True)
     runs = load_runs(out, results, seeds[0])
     drawn = {
-        "Head norm (Fig. 1, 4)": ("head-norm", head_norms, ()), "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, ()),
+        "Head norm (Fig. 1, 4)": ("head-norm", head_norms, ()),
+        "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, ()),
         f"Trace norms of P and F, seed {seeds[0]} (Fig. 8, 9)": ("trace-norms", trace_norms, ()),
         "Feature change against the scale of the head (Fig. 3, 10, 11)": ("head-scale", head_scales, ()),
         f"Test features and head rows, t-SNE, seed {seeds[0]} (Fig. 5, 6)": ("features", feature_maps, (runs,)),

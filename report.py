@@ -65,7 +65,8 @@ def tables(metric, splits):
                 for kind in ("ece", "mce") for after, key in (("", ""), (" with T", "_scaled"))]
 
     return {
-        f"{metric.capitalize()}, in and out of distribution (Tables 8, 10, 16)": [(split, (metric, split)) for split in splits],
+        f"{metric.capitalize()}, in and out of distribution (Tables 8, 10, 16)": [
+            (split, (metric, split)) for split in splits],
         "Features (Tables 1, 11, 12)": [(f"{label}, {split}", ("features", split, key)) for split in splits
                                         for label, key in (("CS(F)", "cs"), ("Diff(F)", "diff"), ("FDR(F)", "fdr"),
                                                            ("Norm(F)", "norm"))],
@@ -152,13 +153,17 @@ def claims(metric, splits):
         return result["head_norm"] - result["head_norm_initial"]
 
     def gain(result, over):  # of temperature scaling
-        return mean(result, ("calibration", "*", "ece"), over) - mean(result, ("calibration", "*", "ece_scaled"), over)
+        before, after = (mean(result, ("calibration", "*", key), over) for key in ("ece", "ece_scaled"))
+        return before - after
 
     def kernel_difference(name, key):
         return lambda of: of[name]["ntk"]["F"][key] - of[name]["ntk"]["P"][key]
 
     def rank_ratio(one, other):
-        return lambda of: reduce(lambda a, b: min(a, b) / max(a, b), (of[n]["ntk"]["F"]["rank"] for n in (one, other)))
+        def of_seed(of):
+            ranks = [of[name]["ntk"]["F"]["rank"] for name in (one, other)]
+            return min(ranks) / max(ranks)
+        return of_seed
 
     def spectral_distance(one, other):  # over the singular values that both ranks count
         def of_seed(of):
@@ -185,7 +190,8 @@ def claims(metric, splits):
             for label, key, order in (("Diff(F): FT - LP-FT", "diff", ("FT", "LP-FT")),
                                       ("CS(F): LP-FT - FT", "cs", ("LP-FT", "FT")),
                                       ("FDR(F): FT - LP-FT", "fdr", ("FT", "LP-FT")))]),
-        ("LP-FT matches or beats FT in distribution and beats it out of distribution; LP is weakest in distribution", [
+        ("LP-FT matches or beats FT in distribution and beats it out of distribution; LP is weakest in "
+         "distribution", [
             (f"{metric}: LP-FT - FT (one point less is a match)", difference("LP-FT", "FT", metric, "*"), -0.01),
             (f"{metric}, out of distribution: LP-FT - FT", difference("LP-FT", "FT", metric, "*", over=ood), 0),
             *[(f"{metric}: {name} - LP", difference(name, "LP", metric, "*"), 0) for name in METHODS if name != "LP"]]),
@@ -203,7 +209,8 @@ def claims(metric, splits):
             part for place, over in where for part in (
                 (f"ECE, {place}: LP-FT - FT", difference("LP-FT", "FT", "calibration", "*", "ece", over=over), 0),
                 *[(f"fall of ECE by T, {place}: LP-FT - {other}", lambda of, over=over, other=other: (
-                    gain(of["LP-FT"], over) - gain(of[other], over)), 0) for other in METHODS if other != "LP-FT"])]),
+                    gain(of["LP-FT"], over) - gain(of[other], over)), 0)
+                  for other in METHODS if other != "LP-FT"])]),
     ]
 
 
@@ -256,8 +263,8 @@ def write_report(out):
     title = f"{first['data']} with {Path(first['model']).name}, {len(seeds)} seeds"
     intro = [
         f"Made by `{command.read_text(encoding='utf-8').strip()}`." if command.is_file() else "",
-        "Mean ± standard deviation over seeds; intervals are 95 % of the mean paired difference over seeds (Student's "
-        "t). Seeds vary head, dropout, order and the samples of the kernel, and with --max-train the training "
+        "Mean ± standard deviation over seeds; intervals are 95 % of the mean paired difference over seeds "
+        "(Student's t). Seeds vary head, dropout, order and the samples of the kernel, and with --max-train the training "
         "samples: an interval says nothing about other data or another encoder. Every number and the files behind "
         "it: `tables.json`.",
         "Learning rate (batch size, epochs): " + ", ".join(f"{name} {rate}" for name, rate in used.items()) + ". "
@@ -357,9 +364,11 @@ def as_html(title, intro, judged, filled, figures, out):
         body.append("</table>")
     for name, file in figures.items():
         data = base64.b64encode((out / "figures" / f"{file}.svg").read_bytes()).decode()
-        body.append(f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' src='data:image/svg+xml;base64,{data}'>")
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>" + "\n".join(body) + "\n</body></html>\n")
+        name = html.escape(name)
+        body.append(f"<h2>{name}</h2><img alt='{name}' src='data:image/svg+xml;base64,{data}'>")
+    head = (f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
+            f"<style>{STYLE}</style>")
+    return f"<!doctype html><html lang=en>{head}<body>" + "\n".join(body) + "\n</body></html>\n"
 
 
 def main(argv=None):

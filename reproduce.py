@@ -128,8 +128,9 @@ def run_all(args, runs):
         shutil.rmtree(partial, ignore_errors=True)  # of an interruption
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
         with open(args.out / "runs" / f"{name}.log", "w", encoding="utf-8") as log:
-            done = subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *runs[name], "--out", partial],
-                                  stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            command = [sys.executable, Path(__file__).with_name("train.py"), *runs[name], "--out", partial]
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
             raise RuntimeError(f"{name} ended with status {done.returncode}; its last words are in {log.name}")
         (partial / "flags.json").write_text(json.dumps(runs[name]) + "\n", encoding="utf-8")

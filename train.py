@@ -289,8 +289,8 @@ def refuse_what_does_not_fit(args, task, tokenizer, config):
                          "tiny does not know; give --model a folder with a pre-trained checkpoint")
     types = max(int(split.types.max()) for split in task.splits.values())
     if 0 < config.type_vocab_size <= types:
-        raise ValueError(f"--model {args.model}: has {config.type_vocab_size} token type, but its tokenizer gives the "
-                         f"second text of a pair type {types}")
+        raise ValueError(f"--model {args.model}: has {config.type_vocab_size} token type, but its tokenizer "
+                         f"gives the second text of a pair type {types}")
     if args.lora and args.lora_r > config.hidden_size:
         raise ValueError(f"--lora-r {args.lora_r}: more than the width {config.hidden_size} of {args.model}")
 
