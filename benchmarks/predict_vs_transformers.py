@@ -87,23 +87,18 @@ def timed(run):
 
 
 def memory_of_a_process(folder, file, count):
-    """(peak in MiB up to the end of the second chunk, peak after it, lines per second)."""
-    peaks, begin = [0, 0], time.perf_counter()
+    """(resident MiB each time that a chunk has been written, lines per second)."""
+    sizes, written, begin = [], 0, time.perf_counter()
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen([sys.executable, "predict.py", str(folder), str(file), "--device", "cpu"],
                                    stdout=out, stderr=subprocess.DEVNULL, cwd=Path(predict.__file__).parent)
-        written = 0
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text().split()
-            if "VmHWM:" in status:
-                peak = int(status[status.index("VmHWM:") + 1]) / 1024  # of the whole life so far
-                out.seek(0, 2)
+            if "VmRSS:" in status and out.seek(0, 2) > written:
                 written = out.tell()
-                if written < 2.5 * CHUNK * 20:  # bytes: label and two probabilities are about 20 to 30
-                    peaks[0] = peak
-                peaks[1] = peak
-            time.sleep(0.5)
-    return *peaks, count / (time.perf_counter() - begin)
+                sizes.append(int(status[status.index("VmRSS:") + 1]) // 1024)
+            time.sleep(0.2)
+    return sizes, count / (time.perf_counter() - begin)
 
 
 def main():
@@ -133,13 +128,13 @@ def main():
             theirs.append(seconds / len(part))
             print(f"  chunk {i + 1}: ours {1 / ours[-1]:.0f} lines a second, transformers {1 / theirs[-1]:.0f}; "
                   f"largest difference of a probability {(found - expected).abs().max():.1e}", flush=True)
-        ratio = statistics.median(theirs) / statistics.median(ours)
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}: {ratio:.2f} times the lines per "
-              f"second of transformers (median of {args.repeats})", flush=True)
+        if ours:
+            ratio = statistics.median(theirs) / statistics.median(ours)
+            print(f"torch {torch.__version__}, transformers {transformers.__version__}: {ratio:.2f} times the lines "
+                  f"per second of transformers (median of {args.repeats})", flush=True)
         (temporary / "all.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-        early, late, rate = memory_of_a_process(temporary / "run", temporary / "all.txt", len(texts))
-        print(f"{len(texts):,} lines in one process: {rate:.0f} lines a second; peak memory {early:.0f} MB after the "
-              f"first chunks, {late:.0f} MB at the end")
+        sizes, rate = memory_of_a_process(temporary / "run", temporary / "all.txt", len(texts))
+        print(f"{len(texts):,} lines in one process: {rate:.0f} lines a second; resident MB after each chunk: {sizes}")
 
 
 if __name__ == "__main__":
