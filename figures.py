@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.manifold import TSNE
 
+from checkpoint import read_json
 from data import load_task
 from export import load_classifier
 from lpft import predict
@@ -98,6 +99,8 @@ def spectra(out, results, seeds):
 
 def trace_norms(out, results, seeds):
     """Fig. 8, 9: trace norm of each C x C block over the panel's largest; lines part the classes."""
+    run = out / "runs" / f"LP-FT-seed{seeds[0]}"
+    classes = [f"{name[:12]}…" if len(name) > 13 else name for name in read_json(run / "classifier.json")["labels"]]
     drawn = [("LP-FT", "P", "pretrain")] + [(name, "F", "ft") for name in METHODS if name != "LP"]
     figure, axes = panels(len(drawn))
     for axis, (name, label, key) in zip(axes, drawn):
@@ -109,7 +112,11 @@ def trace_norms(out, results, seeds):
         for edge in np.flatnonzero(np.diff(saved["labels"][order])) + 0.5:
             axis.axhline(edge, color="white", linewidth=0.8)
             axis.axvline(edge, color="white", linewidth=0.8)
-        axis.set(title=f"{label}, {name}", xlabel="sample, by class", ylabel="sample, by class")
+        middles = [np.flatnonzero(saved["labels"][order] == c).mean() for c in range(len(classes))]
+        axis.set_xticks(middles, classes)
+        axis.set_yticks(middles, classes, rotation=90, va="center")
+        axis.tick_params(length=0)
+        axis.set(title=f"{label}, {name}", xlabel="samples of class", ylabel="samples of class")
         axis.grid(visible=False)
     figure.colorbar(image, ax=list(axes), label="trace norm / largest", shrink=0.8)
     return figure

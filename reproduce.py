@@ -27,6 +27,7 @@ import torch
 
 import train
 from report import METHODS, SCALES, choose_rates, read_results, write_report
+from resume import lock_folder
 
 TUNING_SEEDS = (101, 102)
 RATE_FACTORS = (1 / 3, 1, 3)  # of train.py's learning rate
@@ -155,6 +156,7 @@ def main(argv=None):
     command = " ".join(["python reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(args.out)  # noqa: F841  held until the process ends
         (args.out / "command.txt").write_text(command + "\n", encoding="utf-8")
         if "tiny" in (args.model, args.data):  # pre-trained once, not in every process
             train.pretrain.tiny_encoder()

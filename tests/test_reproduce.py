@@ -16,6 +16,7 @@ from scipy import stats
 import report
 import reproduce
 import train
+from resume import lock_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = ["--epochs", "1", "--lr", "1e-3", "--ntk", "20"]
@@ -240,3 +241,11 @@ def test_scaled_runs_are_those_of_fig_3_with_the_chosen_rates():
 def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_two_commands_do_not_write_to_one_folder(tmp_path, capsys):
+    lock = lock_folder(tmp_path)
+    assert reproduce.main(["--out", str(tmp_path)]) == 2
+    assert "another process that is still running" in capsys.readouterr().err
+    lock.release()
+    lock_folder(tmp_path)

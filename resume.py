@@ -1,0 +1,153 @@
+"""How a run survives: one process to a folder, files that are whole or absent, a state to go on from.
+
+    lock_folder                refuses a folder that a live process uses
+    write_whole                a file is the old one or the new one, never a part of either
+    save_state, load_state     tensors and numbers with a checksum; never code
+    random_state, set_random_state
+    unbroken                   Ctrl-C waits for the end of a step
+    StateFile                  the state of a run, replaced whole, not more often than is cheap
+
+Apart from `train.py` because pre-training, training and reproduce.py all use it.
+"""
+
+import hashlib
+import io
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout  # PyTorch needs it too
+
+LOCK = "lock"  # name of the lock file in a folder
+VERSION = 1  # of what states hold; higher when an older state cannot be gone on with
+
+
+def lock_folder(folder):
+    """Hold `folder` until this process ends, however it ends; ValueError while another one holds it.
+
+    Keep what is returned: the lock goes with it.
+    """
+    lock = FileLock(Path(folder) / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another process that is still running uses it") from None
+    return lock
+
+
+@contextmanager
+def write_whole(path):
+    """A binary file to write to that takes the name `path` when all of it is on the disk, or never."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave the new name with nothing in it
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Hashing:
+    """What is written to it goes to `file`, and into a SHA-256."""
+
+    def __init__(self, file):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data):
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+def save_state(path, state):
+    """Write a dict of tensors, numbers, strings, lists and dicts: torch.save's bytes, then their SHA-256.
+
+    It also gets what has to be the same for the numbers to come out the same: versions and threads.
+    """
+    with write_whole(path) as file:
+        hashing = Hashing(file)
+        torch.save(state | {"version": VERSION, "torch": torch.__version__}, hashing)
+        file.write(hashing.sha256.digest())
+
+
+def load_state(path):
+    """What save_state wrote, on the CPU. ValueError for a damaged file and one of another version.
+
+    The checksum finds every cut and every flipped bit. Against files made to harm it is no help, but
+    weights_only=True is: it builds tensors and plain values and runs nothing.
+    """
+    data = Path(path).read_bytes()
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ValueError(f"{path}: is cut or damaged (its checksum is not that of its {len(data)} bytes)")
+    try:
+        state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+        found = {"version": state["version"], "torch": state["torch"]}
+    except Exception as error:  # torch raises many types for what is not its own
+        raise ValueError(f"{path}: not a state that train.py wrote ({type(error).__name__})") from None
+    for name, here in (("version", VERSION), ("torch", torch.__version__)):
+        if found[name] != here:
+            raise ValueError(f"{path}: of {name} {str(found[name])[:40]}, this is {here}; the result would not be that "
+                             "of an uninterrupted run, so start a new one")
+    return state
+
+
+def random_state(device):
+    """The state of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    for kind in state.keys() - {"cpu"}:
+        getattr(torch, kind).set_rng_state(state[kind])
+
+
+@contextmanager
+def unbroken():
+    """Ctrl-C and SIGTERM wait until the block is through; then KeyboardInterrupt is raised."""
+    if threading.current_thread() is not threading.main_thread():  # it gets no signals
+        yield
+        return
+    arrived, names = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(name, lambda number, frame: arrived.append(number)) for name in names]
+    try:
+        yield
+    finally:
+        for name, handler in zip(names, before):
+            signal.signal(name, handler or signal.SIG_DFL)
+    for number in arrived[:1]:
+        signal.raise_signal(number)  # to whoever was to get it
+
+
+class StateFile:
+    """The state of a run in one file: `parts`, {stage: what the stage needs to go on}.
+
+    save() replaces the file. due() says whether `every` seconds have passed since, and 30 times what saving
+    took: inside a stage that asks it, saving costs 3 % at most.
+    """
+
+    def __init__(self, path, parts=None, every=60.0):
+        self.path, self.parts, self.every = Path(path), parts or {}, every
+        self.not_before = time.monotonic() + every
+
+    def save(self, **parts):
+        self.parts |= parts
+        started = time.monotonic()
+        save_state(self.path, self.parts)
+        ended = time.monotonic()
+        self.not_before = ended + max(self.every, 30 * (ended - started))
+
+    def due(self):
+        return time.monotonic() >= self.not_before
