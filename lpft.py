@@ -16,10 +16,12 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import evaluation_batches, training_batches
 from linear_probe import fit_linear_probe  # noqa: F401  the LP half of LP-FT, offered from here
+from resume import random_state, set_random_state, unbroken
 
 # ---------------------------------------------------------------------------- linear probing
 
@@ -83,7 +85,8 @@ def matthews(logits, labels):
 METRICS = {"accuracy": accuracy, "matthews": matthews}
 
 
-def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=None, metric="accuracy"):
+def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=None, metric="accuracy",
+              num_workers=0, state=None):
     """The FT stage (paper Sec. 5): train what requires a gradient, keep the best validation epoch.
 
     Adam, learning rate falling linearly to 0 without warm-up, gradient norm clipped at 1, dropout
@@ -91,65 +94,135 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=
     is called with a dict {epoch, loss, train_accuracy, val_accuracy, head_norm, lr}, and val_matthews
     if that is the `metric`; epoch 0 is the start. Returns the list of these dicts; the model is left
     in eval mode with the weights of the first epoch (1 or later) of the highest val_METRIC. Training
-    loss and accuracy are running means over the epoch, with dropout on. Raises ValueError if the
-    loss is not finite.
+    loss and accuracy are running means over the epoch, with dropout on.
+
+    With a resume.StateFile as `state`, progress is saved in it after every epoch, inside long ones, and
+    on Ctrl-C; if it holds progress, the same model goes on from there, to the same numbers. Raises
+    NotFinite at the first step whose loss or gradient is not finite.
     """
+    device = device_of(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # weight decay 0 makes AdamW plain Adam
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0,
-                                  fused=device_of(model).type in ("cuda", "cpu"))
-    steps = epochs * math.ceil(len(train) / batch_size)
+                                  fused=device.type in ("cuda", "cpu"))
+    steps_per_epoch = math.ceil(len(train) / batch_size)
+    steps = epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    history, best_score, best_weights = [], -math.inf, None
-    with tqdm(total=steps, desc="fine-tuning", unit="step", mininterval=1.0) as bar:
-        for epoch in range(epochs + 1):
-            if epoch == 0:  # the start, measured without dropout
-                _, logits = predict(model, train)
-                loss = float(F.cross_entropy(logits, train.labels))
-                train_accuracy = accuracy(logits, train.labels)
-            else:
-                generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-                batches = training_batches(train.lengths, batch_size, generator)
-                loss, train_accuracy = train_epoch(model, train, batches, optimizer, schedule, bar)
-                if not math.isfinite(loss):
-                    raise ValueError(f"the training loss became {loss} in epoch {epoch} at --lr "
-                                     f"{lr:g}; try a smaller one")
-            _, logits = predict(model, val)
-            record = {"epoch": epoch, "loss": loss, "train_accuracy": train_accuracy,
-                      "val_accuracy": accuracy(logits, val.labels),
-                      f"val_{metric}": METRICS[metric](logits, val.labels),
-                      "lr": schedule.get_last_lr()[0], "head_norm": float(model.head.weight.detach().norm())}
-            history.append(record)
-            if on_epoch:
-                on_epoch(record)
-            if epoch and record[f"val_{metric}"] > best_score:
-                best_score = record[f"val_{metric}"]
-                best_weights = {name: p.detach().clone() for name, p in trained.items()}
-    model.load_state_dict(best_weights, strict=False)  # what is not trained has not moved
+    # totals: of the epoch so far, loss and right predictions, and steps before the first that is not finite
+    at = {"epoch": 0, "step": 0, "totals": torch.zeros(3), "history": [], "best_score": -math.inf,
+          "best_weights": None}
+    if state and "ft" in state.parts:
+        at = state.parts["ft"]
+        model.load_state_dict(at.pop("weights"), strict=False)  # what is not trained has not moved
+        optimizer.load_state_dict(at.pop("optimizer"))
+        schedule.load_state_dict(at.pop("schedule"))
+        set_random_state(at.pop("random"))
+    at["totals"] = at["totals"].to(device)  # stay there: reading would stall a GPU
+
+    def save():
+        refuse_infinite(at, steps_per_epoch, lr)
+        state.save(ft=at | {"weights": {name: p.detach() for name, p in trained.items()},
+                            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+                            "random": random_state(device)})
+
+    def after_step(bar):
+        if bar.update():  # it was drawn, which it is once a second: time to look at a GPU's numbers
+            refuse_infinite(at, steps_per_epoch, lr)
+        if state and state.due():
+            save()
+
+    done = max(at["epoch"] - 1, 0) * steps_per_epoch + at["step"]
+    with tqdm(total=steps, initial=done, desc="fine-tuning", unit="step", mininterval=1.0) as bar:
+        try:
+            while at["epoch"] <= epochs:
+                if at["epoch"] == 0:  # the start, measured without dropout
+                    _, logits = predict(model, train)
+                    loss = float(F.cross_entropy(logits, train.labels))
+                    if not math.isfinite(loss):
+                        raise ValueError(f"the loss is {loss} before the first step of fine-tuning")
+                    train_accuracy = accuracy(logits, train.labels)
+                else:
+                    generator = torch.Generator().manual_seed(seed * 1000 + at["epoch"])
+                    batches = training_batches(train.lengths, batch_size, generator)[at["step"]:]
+                    train_epoch(model, load_batches(train, batches, num_workers, device), optimizer, schedule, at,
+                                lambda: after_step(bar))
+                    refuse_infinite(at, steps_per_epoch, lr)
+                    loss, train_accuracy = (float(total) / len(train) for total in at["totals"][:2])
+                _, logits = predict(model, val)
+                record = {"epoch": at["epoch"], "loss": loss, "train_accuracy": train_accuracy,
+                          "val_accuracy": accuracy(logits, val.labels),
+                          f"val_{metric}": METRICS[metric](logits, val.labels),
+                          "lr": schedule.get_last_lr()[0], "head_norm": float(model.head.weight.detach().norm())}
+                with unbroken():
+                    at["history"].append(record)
+                    if at["epoch"] and record[f"val_{metric}"] > at["best_score"]:
+                        at["best_score"] = record[f"val_{metric}"]
+                        at["best_weights"] = {name: p.detach().clone() for name, p in trained.items()}
+                    at["epoch"], at["step"] = at["epoch"] + 1, 0
+                    at["totals"].zero_()
+                if on_epoch:
+                    on_epoch(record)
+                if state:
+                    save()
+        except KeyboardInterrupt:
+            if state:
+                save()
+            raise
+        except NotFinite as error:
+            if at["best_weights"]:
+                model.load_state_dict(at["best_weights"], strict=False)
+                error.kept_epoch = max(at["history"][1:], key=lambda record: record[f"val_{metric}"])["epoch"]
+            raise
+    model.load_state_dict(at["best_weights"], strict=False)
     model.eval()
-    return history
+    return at["history"]
 
 
-def train_epoch(model, train, batches, optimizer, schedule, bar):
-    """One step per index array in `batches`; returns the running (mean loss, accuracy)."""
-    device = device_of(model)
-    total_loss, correct = torch.zeros(2, device=device)  # stay there: reading would stall a GPU
+def load_batches(split, batches, num_workers, device):
+    """(batch, labels) for each index array, cut and padded by `num_workers` processes, or by this one if 0."""
+    # its own generator: the loader draws a seed that nothing here uses, and must not shift dropout's
+    return DataLoader(batches, batch_size=None, collate_fn=split.batch, num_workers=num_workers,
+                      pin_memory=device.type == "cuda", generator=torch.Generator())
+
+
+def train_epoch(model, batches, optimizer, schedule, at, after_step):
+    """One step per (batch, labels); adds to `at`: step and totals."""
+    device, totals = device_of(model), at["totals"]
     model.train()
-    for indices in batches:
-        batch, labels = train.batch(indices)
-        batch, labels = to_device(batch, device), labels.to(device, non_blocking=True)
-        optimizer.zero_grad()  # before the forward pass, which can then reuse the gradients' memory
-        with mixed_precision(device):
-            logits = model(**batch)  # (N, C)
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
-        nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), max_norm=1.0)
-        optimizer.step()
-        schedule.step()
-        total_loss += loss.detach() * len(indices)
-        correct += (logits.detach().argmax(1) == labels).sum()
-        bar.update()
-    return float(total_loss) / len(train), float(correct) / len(train)
+    for batch, labels in batches:
+        with unbroken():  # Ctrl-C never leaves half a step
+            batch, labels = to_device(batch, device), labels.to(device, non_blocking=True)
+            optimizer.zero_grad()  # before the forward pass, which can then reuse the gradients' memory
+            with mixed_precision(device):
+                logits = model(**batch)  # (N, C)
+            loss = F.cross_entropy(logits.float(), labels)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), max_norm=1.0)
+            finite = torch.isfinite(loss.detach() + norm) & (totals[2] == at["step"])  # (), on the device
+            totals[0] += loss.detach() * len(labels)
+            totals[1] += (logits.detach().argmax(1) == labels).sum()
+            totals[2] += finite
+            at["step"] += 1
+            if device.type == "cpu" and not finite:  # the weights stay good; a GPU is asked once a second
+                break
+            optimizer.step()
+            schedule.step()
+        after_step()
+
+
+class NotFinite(ValueError):
+    """The loss or its gradient became infinite or NaN; the model has the weights of epoch `kept_epoch`, if any."""
+
+    kept_epoch = None
+
+
+def refuse_infinite(at, steps_per_epoch, lr):
+    """NotFinite if a step of this epoch had a loss or a gradient that is not finite."""
+    good = int(at["totals"][2])  # steps in a row before it
+    if good < at["step"]:
+        step = (at["epoch"] - 1) * steps_per_epoch + good + 1
+        raise NotFinite(f"the loss or its gradient became infinite or NaN in step {step}, epoch {at['epoch']}, at "
+                        f"--lr {lr:g}; try a smaller one")
 
 
 # ---------------------------------------------------------------------------- calibration

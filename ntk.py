@@ -75,7 +75,7 @@ def ntk_by_jacobian(model, train_batches, test_batches=None):
 # ---------------------------------------------------------------------------- the engine
 
 
-def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
+def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31, state=None):
     """The same kernel, layer by layer, without ever holding a Jacobian of the whole model.
 
     F is a sum over layers, F = sum_l J_l J_l^T, and J_l, (R C, parameters of l), needs only what the
@@ -85,7 +85,8 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     passes over all batches. A layer too large for that is taken in slices of its output features. On
     top come the activations of one batch with their C gradients, and the kernel, four times at the
     end. Products are in the model's precision with MAX_COLUMNS terms, their sum is in float64: a
-    float32 sum loses two digits.
+    float32 sum loses two digits. With a resume.StateFile as `state`, the sum is saved in it after every
+    group but the last, and gone on with if it is there.
 
     Raises ValueError where the result would not be exact (see trainable_layers) or the budget is
     too small, ArithmeticError if entries computed by autograd differ (see spot_check).
@@ -115,7 +116,13 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
     gram = Gram(kernel, columns)
     with full_precision(), frozen(model) as trained, tqdm(total=size, desc="NTK", unit="parameter",
                                                           unit_scale=True, mininterval=1.0) as bar:
-        for group in groups:
+        done = 0
+        if state and "ntk_groups" in state.parts:
+            done = state.parts["ntk_groups"]["done"]
+            kernel.copy_(state.parts["ntk_groups"]["kernel"])
+        for number, group in enumerate(groups):
+            if number < done:
+                continue
             features, stored = inputs_and_gradients(model, train + test, group, num_classes)  # (R, h)
             for layer, start, stop in group:
                 inputs, gradients = stored.pop(layer)
@@ -123,7 +130,9 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31):
                     add_layer(gram, layer, trained[layer], inputs, gradients, start, stop, workspace)
                 bar.update(sum(p.numel() * (stop - start) // out_features(layer)
                                for p in trained[layer].values()))
-    gram.add_waiting()
+            gram.add_waiting()
+            if state and number + 1 < len(groups):
+                state.save(ntk_groups={"done": number + 1, "kernel": kernel})
     square = kernel[:len(kernel[0])].tril()  # the Gram products filled the lower triangle alone
     kernel = torch.cat([square + square.tril(-1).T, kernel[len(square):]]).cpu()
     kernel_ft = kernel.unflatten(1, (N, num_classes)).unflatten(0, (R, num_classes))  # (R, C, N, C)

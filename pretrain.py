@@ -17,7 +17,6 @@ import json
 import random
 import shutil
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ import model as model_file
 from data import Split, encode, evaluation_batches, tiny
 from lpft import accuracy, fit_linear_probe, predict
 from model import Classifier, Encoder, EncoderConfig, MaskedLanguageModel, save_pretrained
+from resume import StateFile, lock_folder, random_state, set_random_state, unbroken
 
 CACHE = Path.home() / ".cache" / "lpft"
 
@@ -65,18 +65,26 @@ def tiny_encoder(settings=None, cache=CACHE):
     """The folder of the pre-trained tiny encoder, for model.load_pretrained; trains it if need be."""
     settings = settings or Settings()
     folder = Path(cache) / f"tiny-{cache_key(settings)}"
-    if not (folder / "config.json").is_file():
-        print(f"tiny encoder: not in the cache, pre-training it once, into {folder}")
-        folder.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
-        encoder, tokenizer = pretrain(settings), tiny.make_tokenizer()
-        check_polarity(encoder, tokenizer, settings)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            save_pretrained(Path(unfinished) / "done", encoder, tokenizer)
-            if not (folder / "config.json").is_file():  # else another process was faster
-                shutil.rmtree(folder, ignore_errors=True)
-                (Path(unfinished) / "done").rename(folder)
-    else:
+    if (folder / "config.json").is_file():
         print(f"tiny encoder: cached in {folder}")
+        return folder
+    print(f"tiny encoder: not in the cache, pre-training it once, into {folder}")
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
+    lock = lock_folder(partial, wait=True)
+    if not (folder / "config.json").is_file():  # else the process that held the lock has made it
+        state = StateFile.of(partial / "state", every=10)
+        encoder, tokenizer = pretrain(settings, state), tiny.make_tokenizer()
+        try:
+            check_polarity(encoder, tokenizer, settings)
+        except PolarityNotLearnt:
+            shutil.rmtree(partial)
+            raise
+        save_pretrained(partial / "done", encoder, tokenizer)
+        shutil.rmtree(folder, ignore_errors=True)
+        (partial / "done").rename(folder)
+        shutil.rmtree(partial)
+    lock.release()
     return folder
 
 
@@ -84,13 +92,16 @@ def cache_key(settings):
     """A hash of all that determines the encoder: settings, sizes, PyTorch, and the code that runs."""
     code = [inspect.getsource(thing) for thing in (
         tiny, model_file.SelfAttention, model_file.Layer, Encoder, MaskedLanguageModel,
-        model_file.init_weights, encode, Split, evaluation_batches, mask_words, pretrain)]
+        model_file.init_weights, encode, Split, evaluation_batches, mask_words, pretrain_step, pretrain)]
     parts = [asdict(settings), asdict(tiny_config()), torch.__version__, tokenizers.__version__, code]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def pretrain(settings):
-    """Train an encoder on the CPU, without dropout; it is saved with dropout for fine-tuning."""
+def pretrain(settings, state=None):
+    """Train an encoder on the CPU, without dropout; it is saved with dropout for fine-tuning.
+
+    Goes on from a resume.StateFile with the same number of threads: another one rounds differently.
+    """
     torch.manual_seed(settings.seed)
     rng = random.Random(settings.seed)
     tokenizer, config = tiny.make_tokenizer(), tiny_config()
@@ -104,28 +115,41 @@ def pretrain(settings):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warmup, (settings.steps - step) / (settings.steps - warmup)))
     batches = evaluation_batches(corpus.lengths, settings.batch_size)  # like lengths: little padding
-    order = []
-    bar = tqdm(range(settings.steps), desc="pre-training", unit="step", mininterval=1.0)
-    for step in bar:
-        if not order:
-            order = rng.sample(batches, len(batches))
-        batch, _ = corpus.batch(order.pop())
-        masked, chosen = mask_words(batch, settings)  # (N, L), (N, L)
-        hidden = encoder(masked, batch["attention_mask"])  # (N, L, h)
-        guesses = language_model.predict_words(hidden[chosen])  # (masked words, vocabulary)
-        in_context = F.cross_entropy(guesses, batch["input_ids"][chosen])
-        # Every masked word of a document is guessed from one vector, its first hidden state. By
-        # gather: indexing with repeated rows has a backward pass that adds in a random order.
-        first = language_model.predict_words(hidden[:, 0]).log_softmax(1)  # (N, vocabulary)
-        from_first = -first.gather(1, batch["input_ids"])[chosen].mean()
-        loss = in_context + settings.first_token_weight * from_first
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(language_model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    order, done, threads = [], 0, torch.get_num_threads()
+    if state and state.parts:
+        language_model.load_state_dict(state.parts["weights"])
+        optimizer.load_state_dict(state.parts["optimizer"])
+        schedule.load_state_dict(state.parts["schedule"])
+        set_random_state(state.parts["random"])
+        rng.setstate(state.parts["rng"])
+        order, done = state.parts["order"], state.parts["step"]
+        torch.set_num_threads(state.parts["threads"])
+
+    def save(step):
+        state.save(weights=language_model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.getstate(),
+                   schedule=schedule.state_dict(), random=random_state(torch.device("cpu")), order=order, step=step,
+                   threads=torch.get_num_threads())
+
+    try:
+        with tqdm(total=settings.steps, initial=done, desc="pre-training", unit="step", mininterval=1.0) as bar:
+            while done < settings.steps:
+                with unbroken():  # Ctrl-C never leaves half a step
+                    if not order:
+                        order = rng.sample(range(len(batches)), len(batches))
+                    loss = pretrain_step(language_model, corpus.batch(batches[order.pop()])[0], settings)
+                    optimizer.step()
+                    schedule.step()
+                    done += 1
+                if bar.update():
+                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                if state and state.due():
+                    save(done)
+    except KeyboardInterrupt:
+        if state:
+            save(done)
+        raise
+    finally:
+        torch.set_num_threads(threads)
     encoder.config = config
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -133,6 +157,23 @@ def pretrain(settings):
         if isinstance(module, model_file.SelfAttention):
             module.dropout = config.attention_probs_dropout_prob
     return encoder
+
+
+def pretrain_step(language_model, batch, settings):
+    """Put the clipped gradient of the loss on a batch into the parameters; returns the loss."""
+    masked, chosen = mask_words(batch, settings)  # (N, L), (N, L)
+    hidden = language_model.encoder(masked, batch["attention_mask"])  # (N, L, h)
+    guesses = language_model.predict_words(hidden[chosen])  # (masked words, vocabulary)
+    in_context = F.cross_entropy(guesses, batch["input_ids"][chosen])
+    # Every masked word of a document is guessed from one vector, its first hidden state. By
+    # gather: indexing with repeated rows has a backward pass that adds in a random order.
+    first = language_model.predict_words(hidden[:, 0]).log_softmax(1)  # (N, vocabulary)
+    from_first = -first.gather(1, batch["input_ids"])[chosen].mean()
+    loss = in_context + settings.first_token_weight * from_first
+    language_model.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(language_model.parameters(), 1.0)
+    return loss.detach()
 
 
 def mask_words(batch, settings):

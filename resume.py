@@ -26,8 +26,8 @@ LOCK = "lock"  # name of the lock file in a folder
 VERSION = 1  # of what states hold; higher when an older state cannot be gone on with
 
 
-def lock_folder(folder):
-    """Hold `folder` until this process ends, however it ends; ValueError while another one holds it.
+def lock_folder(folder, wait=False):
+    """Hold `folder` until this process ends, however it ends; while another holds it, wait or ValueError.
 
     Keep what is returned: the lock goes with it.
     """
@@ -35,7 +35,10 @@ def lock_folder(folder):
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{folder}: another process that is still running uses it") from None
+        if not wait:
+            raise ValueError(f"{folder}: another process that is still running uses it") from None
+        print(f"waiting for another process, which is busy in {folder}", flush=True)
+        lock.acquire()
     return lock
 
 
@@ -49,8 +52,10 @@ def write_whole(path):
             file.flush()
             os.fsync(file.fileno())  # else a power cut can leave the new name with nothing in it
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None  # write() does not say which file
         raise
 
 
@@ -58,11 +63,15 @@ class Hashing:
     """What is written to it goes to `file`, and into a SHA-256."""
 
     def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
+        self.file, self.sha256, self.failed = file, hashlib.sha256(), None
 
     def write(self, data):
         self.sha256.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
     def flush(self):
         self.file.flush()
@@ -75,7 +84,12 @@ def save_state(path, state):
     """
     with write_whole(path) as file:
         hashing = Hashing(file)
-        torch.save(state | {"version": VERSION, "torch": torch.__version__}, hashing)
+        try:
+            torch.save(state | {"version": VERSION, "torch": str(torch.__version__)}, hashing)
+        except RuntimeError:
+            if hashing.failed:  # what the file said: torch hides it
+                raise hashing.failed from None
+            raise
         file.write(hashing.sha256.digest())
 
 
@@ -93,10 +107,10 @@ def load_state(path):
         found = {"version": state["version"], "torch": state["torch"]}
     except Exception as error:  # torch raises many types for what is not its own
         raise ValueError(f"{path}: not a state that train.py wrote ({type(error).__name__})") from None
-    for name, here in (("version", VERSION), ("torch", torch.__version__)):
+    for name, here in (("version", VERSION), ("torch", str(torch.__version__))):
         if found[name] != here:
             raise ValueError(f"{path}: of {name} {str(found[name])[:40]}, this is {here}; the result would not be that "
-                             "of an uninterrupted run, so start a new one")
+                             "of an uninterrupted run, so start a new one or delete it")
     return state
 
 
@@ -140,12 +154,22 @@ class StateFile:
 
     def __init__(self, path, parts=None, every=60.0):
         self.path, self.parts, self.every = Path(path), parts or {}, every
-        self.not_before = time.monotonic() + every
+        self.opened = time.monotonic()
+        self.not_before = self.opened + every
+
+    @classmethod
+    def of(cls, path, every=60.0):
+        """The state in the file, or an empty one if there is no such file."""
+        return cls(path, load_state(path) if Path(path).is_file() else None, every)
+
+    def seconds(self):
+        """Since the run began, over all processes that worked on it."""
+        return time.monotonic() - self.opened + self.parts.get("seconds", 0.0)
 
     def save(self, **parts):
         self.parts |= parts
         started = time.monotonic()
-        save_state(self.path, self.parts)
+        save_state(self.path, self.parts | {"seconds": self.seconds()})
         ended = time.monotonic()
         self.not_before = ended + max(self.every, 30 * (ended - started))
 

@@ -6,33 +6,45 @@
 One run, top to bottom: read the flags (parse_args), load the encoder and the task, linear probing,
 the FT stage (run), measure (evaluate), write and print. The method itself is in `lpft.py`.
 
-Exit status: 0 done, 2 bad input (one line says what), 1 the tiny encoder failed its gate or a
-solver did not converge, 130 interrupted.
+A run that was interrupted, killed or out of power goes on from its folder, to the same numbers:
+`python train.py --resume RUN_DIR`.
+
+Exit status: 0 done, 2 bad input (one line says what), 1 a full disk or memory, a solver that did not
+converge, or a tiny encoder that failed its gate, 130 interrupted.
 """
 
 import argparse
+import errno
+import hashlib
 import json
 import math
+import platform
+import signal
 import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from tqdm import tqdm
 
 import ntk
 import pretrain
+from checkpoint import read_json
 from data import evaluation_batches, load_task, read_task, tiny
 from data.corpora import CORPORA
 from export import export_classifier, save_classifier
-from lpft import (METRICS, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
+from linear_probe import LinearProbe
+from lpft import (METRICS, NotFinite, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
                   fit_temperature, predict, set_head)
 from model import Classifier, add_lora, count_parameters, load_pretrained
+from resume import LOCK, StateFile, lock_folder, write_whole
 
 # (batch size, learning rate) of the FT stage by task. For tiny and tiny-plain chosen on validation
 # accuracy (README), for the paper's data sets those of the authors for RoBERTa-base, for a folder the
 # most usual of these.
+ABOUT_THE_RUN = ("versions", "threads")  # what config.json holds beside flags
 STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA)
 RECIPES = {
     # task      FT           LoRA         LP-FT        LP-LoRA
@@ -97,21 +109,48 @@ def parse_args(argv=None):
     stage.add_argument("--ntk", type=int, nargs="?", const=250, metavar="N",
                        help="before its first step, compute the neural tangent kernel on N training and "
                             "N test samples (1 to 250; 250 if no number is given)")
+    stage.add_argument("--ntk-memory", type=int, metavar="MB", help="what the kernel may take (default: 2048)")
     run_group = parser.add_argument_group("run")
     run_group.add_argument("--seed", type=int, default=0, metavar="S",
                            help="of the random head, LoRA, dropout and order (default: %(default)s)")
     run_group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                            help="auto takes cuda, else mps, else cpu (default: %(default)s)")
+    run_group.add_argument("--num-workers", type=int, default=0, metavar="N",
+                           help="processes that prepare batches ahead of the steps (default: %(default)s, none)")
     run_group.add_argument("--out", type=Path, metavar="DIR",
                            help="folder for config.json, metrics.jsonl, result.json and the weights; "
                                 "must not hold anything yet (default: a new one under runs/)")
+    run_group.add_argument("--save-every", type=float, default=60.0, metavar="S",
+                           help="progress is saved after each epoch, and within one when S seconds have passed "
+                                "(default: %(default)g)")
+    run_group.add_argument("--resume", type=Path, metavar="RUN_DIR",
+                           help="go on with the unfinished run in RUN_DIR, with its own flags; stands alone")
     run_group.add_argument("--export", type=Path, metavar="DIR",
                            help="also write the result for other tools: a Hugging Face folder (LoRA merged), "
                                 "head.safetensors, and with --lora a peft folder, DIR/adapter")
     parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")  # one line, no usage
     args = parser.parse_args(argv)
+    if args.resume:
+        if vars(args) != vars(parser.parse_args(["--resume", str(args.resume)])):
+            parser.error(f"--resume goes on with the flags in {args.resume / 'config.json'}; expected no other flag")
+        return resumed_args(parser, args.resume)
     check_flags(parser, args)
     return fill_defaults(args)
+
+
+def resumed_args(parser, folder):
+    """The flags of the run in `folder`, checked as if they were given anew."""
+    if not (folder / "config.json").is_file():
+        parser.error(f"--resume {folder}: holds no config.json; expected the folder of a run")
+    try:
+        config = read_json(folder / "config.json")
+    except ValueError as error:
+        parser.error(str(error))
+    flags = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
+             for name, value in config.items() if name not in ABOUT_THE_RUN and value is not False]
+    args = parse_args(flags)
+    args.out, args.resume = folder, folder
+    return args
 
 
 def check_flags(parser, args):
@@ -127,6 +166,7 @@ def check_flags(parser, args):
         parser.error(f"--ntk is {args.ntk}; expected 1 to 250")
     for flags, wrong, why in ((stage | {"--ntk": args.ntk}, args.method == "lp", "--method lp has no FT stage"),
                               (lora, not args.lora, "it needs --lora"),
+                              ({"--ntk-memory": args.ntk_memory}, args.ntk is None, "it needs --ntk"),
                               (probe, args.method == "ft", "--method ft does no linear probing")):
         for flag, value in flags.items():
             if wrong and value is not None:
@@ -135,12 +175,16 @@ def check_flags(parser, args):
         parser.error(f"--data-dir has no effect: --data is {args.data}, not one of {', '.join(CORPORA)}")
     if args.lp_scoring and args.lp_inverse_l2 is not None:
         parser.error("--lp-scoring has no effect: --lp-inverse-l2 fixes the penalty")
-    positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train}
+    positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train,
+                               "--ntk-memory": args.ntk_memory}
     for flag, value in positive.items():
         if value is not None and not 0 < value < 1e15:
             parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0")
     if args.max_length < 8:
         parser.error(f"--max-length is {args.max_length}; expected 8 or more")
+    for flag, value, most in (("--num-workers", args.num_workers, 64), ("--save-every", args.save_every, 1e9)):
+        if not 0 <= value <= most:
+            parser.error(f"{flag} is {value:g}; expected 0 to {most:g}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed is {args.seed}; expected 0 to {2**32 - 1}")
 
@@ -154,6 +198,7 @@ def fill_defaults(args):
         args.epochs = args.epochs or 10
         args.batch_size = args.batch_size or batch_size
         args.lr = args.lr or lr
+        args.ntk_memory = args.ntk_memory or (2048 if args.ntk else None)
     if args.lora:
         args.lora_r, args.lora_alpha = args.lora_r or 8, args.lora_alpha or 8.0
     if args.data in CORPORA:
@@ -181,10 +226,13 @@ def choose_device(name):
 
 
 def claim_folders(args):
-    """Create --out, or runs/DATA-MODEL-METHOD-seedS with a number behind it, and --export.
+    """Create --out, or runs/DATA-MODEL-METHOD-seedS with a number behind it, and --export; lock --out.
 
-    Returns (metrics.jsonl, open for writing; the folders that were not there before).
+    Returns (lock, folders that were not there before). A resumed run has its folders.
     """
+    if args.resume:
+        return lock_folder(args.out), []
+    made = []
     if args.out is None:
         name = "-".join([Path(args.data).name, Path(args.model).name, args.method]
                         + ["lora"] * args.lora + [f"seed{args.seed}"])
@@ -195,24 +243,30 @@ def claim_folders(args):
     if args.export and args.export.resolve() == args.out.resolve():
         raise ValueError(f"--export {args.export}: is also --out; expected another folder")
     for flag, folder in (("--export", args.export), ("--out", args.out)):
-        if folder and (folder.is_file() or folder.is_dir() and any(folder.iterdir())):
-            raise ValueError(f"{flag} {folder}: {'is a file' if folder.is_file() else 'holds something'} "
-                             "already; expected a new or empty folder")
-    made = [folder for folder in (args.out, args.export) if folder and not folder.exists()]
+        if folder and folder.is_file():
+            raise ValueError(f"{flag} {folder}: is a file already; expected a new or empty folder")
+        if folder and folder.is_dir() and any(path.name not in (LOCK, "config.json.tmp") for path in folder.iterdir()):
+            unfinished = folder == args.out and not (folder / "result.json").is_file()
+            raise ValueError(f"{flag} {folder}: holds something already; expected a new or empty folder"
+                             + f", or --resume {folder}" * (unfinished and (folder / "config.json").is_file()))
+    for folder in filter(None, (args.out, args.export)):
+        if not folder.exists():
+            made.append(folder)
+            folder.mkdir(parents=True)
+    lock = lock_folder(args.out)
+    if (args.out / "config.json").exists():  # of two commands that found it empty, one was first
+        raise ValueError(f"--out {args.out}: holds something already; expected a new or empty folder")
+    return lock, made
+
+
+def release_folders(args, lock, made):
+    """After a failure before anything was saved, leave nothing that blocks the corrected command."""
+    lock.release()
+    for name in (LOCK, "config.json"):
+        (args.out / name).unlink(missing_ok=True)
     for folder in made:
-        folder.mkdir(parents=True)
-    # "x": of two commands that find the folder empty, one gets it
-    return open(args.out / "metrics.jsonl", "x", encoding="utf-8"), made
-
-
-def release_folders(out, made):
-    """After a failure before anything was measured, leave nothing that blocks the corrected command."""
-    if (out / "metrics.jsonl").stat().st_size == 0:
-        for name in ("metrics.jsonl", "config.json"):
-            (out / name).unlink(missing_ok=True)
-        for folder in made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 # ---------------------------------------------------------------------------- one run
@@ -222,18 +276,52 @@ def run(args):
     """One run in a folder that it holds alone; returns the dict that result.json holds."""
     device, why = choose_device(args.device)
     args.device = device.type
-    log, made = claim_folders(args)  # before minutes of work, so that an unusable --out costs none
+    lock, made = claim_folders(args)  # before minutes of work, so that an unusable --out costs none
     try:
-        with log:
-            return load_train_measure(args, device, why, log)
-    except BaseException:
-        release_folders(args.out, made)
+        if (args.out / "result.json").is_file():
+            print(f"finished already: {args.out}")
+            return read_json(args.out / "result.json")
+        state = StateFile(args.out / "state", every=args.save_every)
+        if args.resume:
+            torch.set_num_threads(read_json(args.out / "config.json")["threads"])  # other sums round differently
+            state = StateFile.of(state.path, args.save_every)
+        else:
+            write_json(args.out / "config.json", configuration(args) | {
+                "threads": torch.get_num_threads(),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                             "tokenizers": tokenizers.__version__, "numpy": np.__version__}})
+        result = load_train_measure(args, device, why, state)
+        state.path.unlink(missing_ok=True)
+        return result
+    except Exception:
+        if not (args.resume or (args.out / "state").is_file()):
+            release_folders(args, lock, made)
         raise
+    finally:
+        lock.release()
 
 
-def load_train_measure(args, device, why, log):
+def configuration(args):
+    """The flags, defaults filled in, as values that JSON has."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+            if value is not None and name != "resume"}
+
+
+@contextmanager
+def memory_advice(advice):
+    """Where memory runs out, MemoryError with what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MemoryError(f"out of memory ({str(error).splitlines()[0][:80]}); lower {advice}") from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how PyTorch says it on a CPU
+            raise
+        raise MemoryError(f"out of memory; lower {advice}") from None
+
+
+def load_train_measure(args, device, why, state):
     """Load, probe, fine-tune, evaluate, write."""
-    started = time.perf_counter()
     rows = read_task(args.data, args.data_dir)  # refuses bad files before minutes of pre-training
     folder = pretrain.tiny_encoder() if args.model == "tiny" else args.model
     encoder, tokenizer = load_pretrained(folder)
@@ -243,19 +331,22 @@ def load_train_measure(args, device, why, log):
     task = load_task(rows, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed)
     refuse_what_does_not_fit(args, task, tokenizer, encoder.config)
     ntk_samples = pick_ntk_samples(args, task) if args.ntk else None
+    refuse_other_start(args, task, encoder, state)
     print_configuration(args, why, task)
 
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(task.labels)).to(device)
-    features_0 = {name: predict(model, split, desc=f"features of {name}")[0]
-                  for name, split in task.splits.items()}  # phi_0(x), before anything moves
+    needed = task.test_names if args.method == "ft" or "lp" in state.parts else task.splits
+    with memory_advice("--max-length"):
+        features_0 = {name: predict(model, task.splits[name], desc=f"features of {name}")[0]
+                      for name in needed}  # phi_0(x), before anything moves
     if not all(torch.isfinite(features).all() for features in features_0.values()):
         raise ValueError(f"--model {args.model}: its features hold NaN or infinity; the checkpoint is damaged")
     result = {"method": args.method, "lora": args.lora, "seed": args.seed, "model": args.model,
               "data": args.data}
     start = torch.zeros_like(model.head.weight)  # V_0, where LP starts
     if args.method != "ft":
-        result["lp"] = probe(args, model, task, features_0, log)
+        result["lp"] = probe(args, model, task, features_0, state)
     if args.method != "lp":
         with torch.no_grad():
             for parameter in model.head.parameters():
@@ -264,21 +355,42 @@ def load_train_measure(args, device, why, log):
         if args.lora:
             add_lora(model.encoder, args.lora_r, args.lora_alpha)
         if args.ntk:
-            result["ntk"] = ntk_stage(args, model, task, ntk_samples)
-        result["kept_epoch"] = fine_tune_stage(args, model, task, log)
+            with memory_advice("--ntk-memory, --ntk or --max-length"):
+                result["ntk"] = ntk_stage(args, model, task, ntk_samples, state)
+        with memory_advice("--batch-size or --max-length"):
+            result["kept_epoch"] = fine_tune_stage(args, model, tokenizer, task, state)
     else:
         model.encoder.requires_grad_(False)
     result |= evaluate(model, task, features_0)
     trainable, total = count_parameters(model)
     result |= {"head_norm_initial": float(start.norm()),
                "head_diff": float((model.head.weight.detach() - start).norm()), "trainable_parameters": trainable,
-               "total_parameters": total, "seconds": round(time.perf_counter() - started, 2)}
+               "total_parameters": total, "seconds": round(state.seconds(), 2)}
     save_classifier(args.out, model, tokenizer, task, result["temperature"], args.max_length, args.data)
-    write_json(args.out / "result.json", result)
     if args.export:
         export_classifier(args.export, model, tokenizer, task, result["temperature"], args.max_length, folder)
+    write_json(args.out / "result.json", result)  # last: a folder that has it is finished
     print_table(args, result)
     return result
+
+
+def refuse_other_start(args, task, encoder, state):
+    """ValueError if the state is of a run with other flags, data or weights; a new state gets them."""
+    digest = hashlib.sha256()
+    for split in task.splits.values():
+        for array in (split.ids, split.types, split.lengths, split.labels.numpy()):
+            digest.update(np.ascontiguousarray(array))
+    for tensor in encoder.state_dict().values():
+        digest.update(np.ascontiguousarray(tensor.numpy()))
+    neutral = ("out", "export", "num_workers", "save_every")  # no number depends on them
+    start = {f"--{name.replace('_', '-')}": value for name, value in configuration(args).items() if name not in neutral}
+    start["data and encoder"] = digest.hexdigest()
+    before = state.parts.get("start", start)
+    for name in sorted(before | start):
+        if before.get(name) != start.get(name):
+            raise ValueError(f"{state.path}: was saved with {name} {str(before.get(name))[:40]}, now it is "
+                             f"{str(start.get(name))[:40]}; start a new run")
+    state.parts["start"] = start
 
 
 def refuse_what_does_not_fit(args, task, tokenizer, config):
@@ -295,8 +407,13 @@ def refuse_what_does_not_fit(args, task, tokenizer, config):
         raise ValueError(f"--lora-r {args.lora_r}: more than the width {config.hidden_size} of {args.model}")
 
 
-def probe(args, model, task, features_0, log):
+def probe(args, model, task, features_0, state):
     """The LP stage: fit the head on phi_0 of the training split and put it in the model."""
+    if "lp" in state.parts:
+        done = state.parts["lp"]
+        set_head(model, LinearProbe(done["weight"], done["bias"], None, None, None))
+        print("\nLP    done before")
+        return done["record"]
     labels = task.splits["train"].labels
     size, (_, total) = model.head.weight.numel() + model.head.bias.numel(), count_parameters(model)
     print(f"\nLP    trains the head alone, on {len(labels)} fixed features: {size:,} of {total:,} "
@@ -316,7 +433,8 @@ def probe(args, model, task, features_0, log):
         chosen = f"by 5-fold {args.lp_scoring}, C = {found.inverse_l2:.4g}"
     print(f"LP    strength {chosen};  train {record['train_accuracy']:.3f}  "
           f"val {record[f'val_{task.metric}']:.3f}  head norm {record['head_norm']:.3f}")
-    log_line(log, record)
+    write_lines(args.out / "metrics.jsonl", [record])
+    state.save(lp={"record": record, "weight": found.weight, "bias": found.bias})
     return record
 
 
@@ -334,8 +452,11 @@ def pick_ntk_samples(args, task):
     return picked
 
 
-def ntk_stage(args, model, task, picked):
+def ntk_stage(args, model, task, picked, state):
     """Table 2 at the start of the FT stage, printed; the kernels go to ntk.npz."""
+    if "ntk" in state.parts:
+        print("\nNTK   done before")
+        return state.parts["ntk"]
     print()
     (train, train_indices), (test, test_indices) = ((task.splits[n], i) for n, i in picked.items())
     batches, places = [], []
@@ -344,7 +465,7 @@ def ntk_stage(args, model, task, picked):
         batches.append([split.batch(indices[some])[0] for some in order])
         places.append(np.concatenate(order).argsort())  # where each sample is in the batches
     labels, test_labels = train.labels[train_indices], test.labels[test_indices]
-    found = ntk.empirical_ntk(model.eval(), *batches)
+    found = ntk.empirical_ntk(model.eval(), *batches, memory_budget=args.ntk_memory * 2**20, state=state)
     # back to random order, from which kernel regression deals its folds
     found = ntk.NTK(*(kernel[rows][:, :, places[0]] for kernel, rows in (
         (found.pretrain, places[0]), (found.ft, places[0]), (found.test_pretrain, places[1]),
@@ -367,28 +488,45 @@ def ntk_stage(args, model, task, picked):
               f"{row['test_logit_accuracy']:12.3f}" + f"{result['ft_ratio']:10.3f}" * (name == "F"))
     print(f"train, test: class accuracy of kernel regression, tested on {result['test_split']}; /logit: of its "
           "single yes-or-no decisions")
-    np.savez(args.out / "ntk.npz", pretrain=found.pretrain, ft=found.ft, labels=labels, deltas=deltas,
-             test_pretrain=found.test_pretrain, test_ft=found.test_ft, test_labels=test_labels,
-             train_indices=train_indices, test_indices=test_indices)
+    with write_whole(args.out / "ntk.npz") as file:
+        np.savez(file, pretrain=found.pretrain, ft=found.ft, labels=labels, deltas=deltas,
+                 test_pretrain=found.test_pretrain, test_ft=found.test_ft, test_labels=test_labels,
+                 train_indices=train_indices, test_indices=test_indices)
+    state.parts.pop("ntk_groups", None)
+    state.save(ntk=result)
     return result
 
 
-def fine_tune_stage(args, model, task, log):
+def fine_tune_stage(args, model, tokenizer, task, state):
     """The FT stage, on all of the encoder or on LoRA alone, and always on the head."""
     trainable, total = count_parameters(model)
     what = f"LoRA (r = {args.lora_r}) on query and value" if args.lora else "the whole encoder"
     print(f"\nFT    trains {what}, and the head: {trainable:,} of {total:,} parameters "
           f"({100 * trainable / total:.1f} %)\n"
           "FT    epoch 0 is the start, without dropout; then loss and train are means over the epoch, with it")
+    lines = [state.parts["lp"]["record"]] if "lp" in state.parts else []
 
     def on_epoch(record):
         tqdm.write(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  "
                    f"train {record['train_accuracy']:.3f}  val {record[f'val_{task.metric}']:.3f}  "
                    f"head norm {record['head_norm']:.3f}", file=sys.stdout)
-        log_line(log, {"stage": "ft"} | record)
+        lines.append({"stage": "ft"} | record)
+        write_lines(args.out / "metrics.jsonl", lines)
 
-    history = fine_tune(model, task.splits["train"], task.splits["val"], lr=args.lr, epochs=args.epochs,
-                        batch_size=args.batch_size, seed=args.seed, on_epoch=on_epoch, metric=task.metric)
+    if "ft" in state.parts:
+        for record in state.parts["ft"]["history"]:
+            on_epoch(record)
+        print("FT    goes on from here")
+    try:
+        history = fine_tune(model, task.splits["train"], task.splits["val"], lr=args.lr, epochs=args.epochs,
+                            batch_size=args.batch_size, seed=args.seed, on_epoch=on_epoch, metric=task.metric,
+                            num_workers=args.num_workers, state=state)
+    except NotFinite as error:
+        if not error.kept_epoch:
+            raise
+        save_classifier(args.out, model, tokenizer, task, 1.0, args.max_length, args.data)
+        raise ValueError(f"{error}; the weights of epoch {error.kept_epoch}, the best before, are in "
+                         f"{args.out}") from None
     kept = max(history[1:], key=lambda record: record[f"val_{task.metric}"])["epoch"]
     print(f"FT    keeps epoch {kept}, the first after the start with the highest validation {task.metric}")
     return kept
@@ -422,10 +560,7 @@ def evaluate(model, task, features_0):
 
 
 def print_configuration(args, why, task):
-    shown = {name: str(value) if isinstance(value, Path) else value
-             for name, value in vars(args).items() if value is not None}
-    write_json(args.out / "config.json", shown | {"torch": torch.__version__,
-                                                  "threads": torch.get_num_threads()})
+    shown = configuration(args)
     print("configuration")
     for name, value in shown.items():
         print(f"  --{name.replace('_', '-'):16s}{value}{'   (' + why + ')' if name == 'device' else ''}")
@@ -468,12 +603,13 @@ def write_json(path, content):
             return {key: plain(item) for key, item in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    path.write_text(json.dumps(plain(content), indent=2) + "\n", encoding="utf-8")
+    write_lines(path, [plain(content)], indent=2)
 
 
-def log_line(log, record):
-    log.write(json.dumps(record) + "\n")
-    log.flush()
+def write_lines(path, records, indent=None):
+    with write_whole(path) as file:
+        for record in records:
+            file.write((json.dumps(record, indent=indent) + "\n").encode("utf-8"))
 
 
 def main(argv=None):
@@ -483,15 +619,17 @@ def main(argv=None):
         return 0
     except (ValueError, OSError) as error:  # bad input: these messages say what and where
         print(f"train.py: error: {error}", file=sys.stderr)
-        status = 2
-    except (pretrain.PolarityNotLearnt, ArithmeticError) as error:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # that is no input
+        return 1 if isinstance(error, OSError) and error.errno in full else 2
+    except (pretrain.PolarityNotLearnt, ArithmeticError, MemoryError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        status = 1
+        return 1
     except KeyboardInterrupt:
-        print("\ntrain.py: interrupted", file=sys.stderr)
-        status = 130
-    return status
+        how = f"; go on with: python train.py --resume {args.out}" * bool(args.out)
+        print(f"\ntrain.py: interrupted{how}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a cluster's way to say Ctrl-C
     sys.exit(main())

@@ -1,0 +1,342 @@
+"""Runs that are killed go on to the same numbers; what is damaged or not theirs is refused."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lpft
+import ntk
+import pretrain
+import resume
+import train
+from data import load_task
+from export import load_classifier
+from model import Classifier, load_pretrained
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(arguments, home, **how):
+    """train.py as its own process, with a cache of its own."""
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, cwd=home,
+                            env=os.environ | {"HOME": str(home), "OMP_NUM_THREADS": "1"}, **how)
+
+
+def finish(arguments, home, **how):
+    process = start(arguments, home, **how)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def contents(run):
+    """What a finished run says and weighs: result.json without seconds, and the bytes of all tensors."""
+    result = json.loads((run / "result.json").read_text())
+    del result["seconds"]
+    return result, (run / "metrics.jsonl").read_text(), (run / "model.safetensors").read_bytes(), (
+        (run / "ntk.npz").read_bytes() if (run / "ntk.npz").exists() else None)
+
+
+def killed_until_done(arguments, run, home, kills, longest, rng, partial=None):
+    """Kill the run after random times, `kills` times, resuming it each time; then let it end.
+
+    Returns the stages that were hit, read from what the state held after each kill.
+    """
+    hit = []
+    while len(hit) < kills and not (run / "result.json").exists():
+        there = (run / "config.json").exists()
+        process = start(["--resume", run] if there else arguments, home)
+        try:
+            process.wait(rng.uniform(1.5, longest))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL)
+        hit.append(stage_of(run, partial))
+    there = (run / "config.json").exists()
+    status, _, err = finish(["--resume", run] if there else arguments, home)
+    assert status == 0, err
+    return hit
+
+
+def stage_of(run, partial=None):
+    if partial and any(partial.glob("*.partial")):
+        return "pre-training"
+    if not (run / "state").exists():
+        return "start or LP"
+    parts = resume.load_state(run / "state")
+    if "ft" in parts:
+        return "FT"
+    return "kernel" if "ntk_groups" in parts or "ntk" in parts else "after LP"
+
+
+def test_killed_at_random_points_a_run_ends_with_the_same_numbers_and_weights(random_folder, tmp_path):
+    """The whole promise of --resume, in one test."""
+    flags = ["--model", random_folder, "--epochs", "2", "--ntk", "30", "--save-every", "0", "--lora"]
+    assert finish([*flags, "--out", tmp_path / "whole"], tmp_path)[0] == 0
+    run = tmp_path / "killed"
+    killed_until_done([*flags, "--out", run], run, tmp_path, 4, 6, random.Random(0))
+    assert contents(run) == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_25_kills_over_pre_training_lp_kernel_and_ft(tmp_path):
+    """The main job with the kernel in many groups, pre-training included; a quarter of an hour."""
+    flags = ["--lora", "--ntk", "100", "--ntk-memory", "24", "--save-every", "0"]
+    assert finish([*flags, "--out", tmp_path / "whole"], tmp_path)[0] == 0
+    home, run, rng = tmp_path / "home", tmp_path / "killed", random.Random(1)
+    home.mkdir()
+    hit = killed_until_done([*flags, "--out", run], run, home, 25, 14, rng, home / ".cache" / "lpft")
+    print(hit)
+    assert len(hit) == 25 and {"pre-training", "kernel", "FT"} <= set(hit)
+    assert contents(run) == contents(tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------- each stage, in one process
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+class StoppingState(resume.StateFile):
+    """Saves whenever it is asked whether to, and presses Ctrl-C when asked for the n-th time."""
+
+    def __init__(self, path, n):
+        super().__init__(path)
+        self.left = n
+
+    def due(self):
+        self.left -= 1
+        if self.left == 0:
+            raise Stop
+        return True
+
+
+def fine_tuned(random_folder, state=None, **how):
+    encoder, tokenizer = load_pretrained(random_folder)
+    task = load_task("tiny", tokenizer, max_train=60)
+    torch.manual_seed(3)
+    model = Classifier(encoder, 3)
+    history = train.fine_tune(model, task.splits["train"], task.splits["val"], lr=1e-3, batch_size=8, epochs=2,
+                              state=state, **how)
+    return history, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("step", [1, 5, 8, 13])
+def test_fine_tuning_stopped_inside_an_epoch_goes_on_bit_for_bit(step, random_folder, tmp_path):
+    """Weights, Adam, schedule, dropout, order and the running means: one of them wrong and this fails."""
+    history, weights = fine_tuned(random_folder)
+    with pytest.raises(Stop):
+        fine_tuned(random_folder, StoppingState(tmp_path / "state", step))
+    found = resume.load_state(tmp_path / "state")["ft"]
+    assert (found["epoch"], found["step"]) == ((step - 1) // 8 + 1, (step - 1) % 8 + 1)
+    torch.manual_seed(99)  # whatever the new process drew before
+    resumed, resumed_weights = fine_tuned(random_folder, resume.StateFile.of(tmp_path / "state"))
+    assert resumed == history
+    assert all(torch.equal(a, b) for a, b in zip(weights, resumed_weights))
+
+
+def test_any_number_of_workers_gives_the_same_bits(random_folder):
+    (history, weights), (other_history, other_weights) = (
+        fine_tuned(random_folder, num_workers=workers) for workers in (0, 2))
+    assert history == other_history and all(torch.equal(a, b) for a, b in zip(weights, other_weights))
+
+
+def test_pre_training_goes_on_bit_for_bit(tmp_path):
+    few = pretrain.Settings(documents=200, steps=10, gate=0.0)
+    whole = pretrain.pretrain(few)
+    with pytest.raises(Stop):
+        pretrain.pretrain(few, StoppingState(tmp_path / "state", 6))
+    assert resume.load_state(tmp_path / "state")["step"] == 6
+    again = pretrain.pretrain(few, resume.StateFile.of(tmp_path / "state"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+
+
+def test_the_kernel_goes_on_after_its_last_finished_group(random_folder, tmp_path, monkeypatch):
+    encoder, tokenizer = load_pretrained(random_folder)
+    model = Classifier(encoder, 3).eval()
+    batches = [load_task("tiny", tokenizer).splits["train"].batch(range(i, i + 4))[0] for i in (0, 4)]
+    whole = ntk.empirical_ntk(model, batches, memory_budget=2**21)
+    saved, passes = [], []
+
+    class Once(resume.StateFile):
+        def save(self, **parts):
+            super().save(**parts)
+            saved.append(parts)
+            if len(saved) == 2:
+                raise Stop
+
+    with pytest.raises(Stop):
+        ntk.empirical_ntk(model, batches, memory_budget=2**21, state=Once(tmp_path / "state"))
+    original = ntk.inputs_and_gradients
+    monkeypatch.setattr(ntk, "inputs_and_gradients", lambda *a: passes.append(1) or original(*a))
+    again = ntk.empirical_ntk(model, batches, memory_budget=2**21, state=resume.StateFile.of(tmp_path / "state"))
+    assert torch.equal(again.ft, whole.ft) and torch.equal(again.pretrain, whole.pretrain)
+    layers = ntk.trainable_layers(model)
+    assert len(passes) == len(ntk.group_pieces(layers, batches, 3, 2**21, 4)) - 2 > 0
+
+
+def test_ctrl_c_waits_for_the_end_of_the_step():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with resume.unbroken():
+            signal.raise_signal(signal.SIGINT)
+            done.append("the rest of the step")
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def unfinished(random_folder, tmp_path_factory):
+    """A run that got SIGTERM, as a cluster sends it, in its FT stage."""
+    home = tmp_path_factory.mktemp("unfinished")
+    process = start(["--model", random_folder, "--epochs", "200", "--out", "run"], home)
+    while not (home / "run" / "state").exists() or "ft" not in resume.load_state(home / "run" / "state"):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    return home / "run", process.returncode, err
+
+
+def copy_of(unfinished, folder):
+    run = folder / "run"
+    run.mkdir()
+    for path in unfinished[0].iterdir():
+        (run / path.name).write_bytes(path.read_bytes())
+    return run
+
+
+def refusal(arguments, capsys):
+    """The single line with which train.py ends with status 2."""
+    try:
+        status = train.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        status = end.code
+    err = capsys.readouterr().err
+    *bars, last = err.splitlines()
+    assert status == 2 and last.startswith("train.py: error: ") and "Traceback" not in err, err
+    assert all("it/s]" in line or "step/s]" in line or not line.strip() for line in bars), err
+    return last
+
+
+def test_an_interrupted_run_says_how_to_go_on(unfinished):
+    run, status, err = unfinished
+    assert status == 130 and err.splitlines()[-1] == (
+        "train.py: interrupted; go on with: python train.py --resume run")
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "lock", "metrics.jsonl", "state"]
+
+
+def test_a_finished_run_is_not_repeated_and_a_running_one_not_shared(unfinished, random_folder, tmp_path, capsys):
+    run = copy_of(unfinished, tmp_path)
+    lock = resume.lock_folder(run)
+    assert "another process that is still running" in refusal(["--resume", run], capsys)
+    lock.release()
+    assert f"or --resume {run}" in refusal(["--out", run], capsys)
+    assert train.main(["--model", str(random_folder), "--method", "lp", "--out", str(tmp_path / "lp")]) == 0
+    written = (tmp_path / "lp" / "result.json").stat().st_mtime_ns
+    assert train.main(["--resume", str(tmp_path / "lp")]) == 0 and "finished already" in capsys.readouterr().out
+    assert (tmp_path / "lp" / "result.json").stat().st_mtime_ns == written
+
+
+def test_resume_takes_the_flags_of_the_run_and_no_others(unfinished, tmp_path, capsys):
+    run = copy_of(unfinished, tmp_path)
+    assert "expected no other flag" in refusal(["--resume", run, "--lr", "1"], capsys)
+    assert "holds no config.json" in refusal(["--resume", tmp_path], capsys)
+    config = json.loads((run / "config.json").read_text())
+    for changed, said in (({"lr": 1.0}, "with --lr 1e-05, now it is 1.0"), ({"lr": -1}, "--lr is -1"),
+                          ({"depth": 3}, "--depth"), ({"max_train": 100}, "with --max-train None, now it is 100")):
+        (run / "config.json").write_text(json.dumps(config | changed))
+        assert said in refusal(["--resume", run], capsys)
+    (run / "config.json").write_text("{")
+    assert "not a JSON file" in refusal(["--resume", run], capsys)
+
+
+def test_a_state_of_other_weights_is_refused(unfinished, tmp_path, capsys):
+    run = copy_of(unfinished, tmp_path)
+    state = resume.load_state(run / "state")
+    state["start"]["data and encoder"] = "another"
+    resume.save_state(run / "state", state)
+    assert "with data and encoder another" in refusal(["--resume", run], capsys)
+
+
+def test_a_state_of_another_version_is_refused(unfinished, tmp_path, capsys, monkeypatch):
+    run = copy_of(unfinished, tmp_path)
+    monkeypatch.setattr(resume, "VERSION", 0)
+    assert "of version 1, this is 0" in refusal(["--resume", run], capsys)
+
+
+def test_a_damaged_state_is_refused_wherever_it_is_damaged(unfinished, tmp_path, capsys):
+    run, rng = copy_of(unfinished, tmp_path), random.Random(0)
+    whole = (run / "state").read_bytes()
+    for case in range(40):
+        place = rng.randrange(len(whole))
+        damaged = whole[:place] if case < 20 else (
+            whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1:])
+        (run / "state").write_bytes(damaged)
+        with pytest.raises(ValueError, match="cut or damaged"):
+            resume.load_state(run / "state")
+    assert "cut or damaged" in refusal(["--resume", run], capsys)
+    assert (run / "state").read_bytes() == damaged  # and left for whoever wants to look
+
+
+def test_code_in_a_state_is_not_run(unfinished, tmp_path, capsys):
+    """With a right checksum, too: as if somebody had made the file to harm."""
+    run, trap = copy_of(unfinished, tmp_path), tmp_path / "trap"
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(trap),)
+
+    buffer = io.BytesIO()
+    torch.save({"version": 1, "torch": str(torch.__version__), "lp": Trap()}, buffer)
+    for data in (pickle.dumps(Trap()), buffer.getvalue()):
+        (run / "state").write_bytes(data + hashlib.sha256(data).digest())
+        assert "not a state that train.py wrote" in refusal(["--resume", run], capsys)
+    assert not trap.exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(unfinished, tmp_path):
+    """A limit on the size of files stands in for the disk: the state fits, the classifier's weights do not."""
+    run = copy_of(unfinished, tmp_path)
+    size = (run / "state").stat().st_size
+    status, _, err = finish(["--resume", run], tmp_path, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size // 2, size // 2)))
+    assert status == 1 and "File too large" in err.splitlines()[-1] and "Traceback" not in err
+    assert "state" in err.splitlines()[-1]
+    resume.load_state(run / "state")
+    assert not list(run.glob("*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step_with_the_best_weights_before(random_folder, tmp_path, capsys,
+                                                                                   monkeypatch):
+    flags = ["--model", random_folder, "--max-train", "60", "--epochs", "2", "--method", "ft"]
+    assert "in step 2, epoch 1, at --lr 1e+14" in refusal([*flags, "--lr", "1e14", "--out", tmp_path / "a"], capsys)
+    assert not (tmp_path / "a" / "model.safetensors").exists()
+    train_epoch = lpft.train_epoch
+
+    def breaks_in_epoch_2(model, batches, optimizer, schedule, at, after_step):
+        if at["epoch"] == 2:
+            model.head.weight.data.fill_(1e38)
+        train_epoch(model, batches, optimizer, schedule, at, after_step)
+
+    monkeypatch.setattr(lpft, "train_epoch", breaks_in_epoch_2)
+    err = refusal([*flags, "--out", tmp_path / "b"], capsys)
+    assert "in step 5, epoch 2" in err and "the weights of epoch 1, the best before" in err
+    model, _, _ = load_classifier(tmp_path / "b")
+    assert float(model.head.weight.detach().abs().max()) < 1
