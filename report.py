@@ -55,14 +55,26 @@ def choose_rates(tuning):
             for method, of in tuning_scores(tuning).items()}
 
 
+def tuning_table(tuning):
+    """A table as fill_table makes: {method: {a third, once, three times the default rate: {mean, std, note}}}."""
+    chosen, table = choose_rates(tuning), {}
+    for method, by_rate in tuning_scores(tuning).items():
+        rates = sorted(by_rate, key=float)
+        table[method] = {column: {"mean": statistics.mean(by_rate[rate]), "std": statistics.stdev(by_rate[rate]),
+                                  "note": f" at {rate}" + ", chosen" * (rate == chosen[method])}
+                         for column, rate in zip(("a third of the default", "the default", "three times"), rates)}
+    return table
+
+
 # ---------------------------------------------------------------------------- tables
 
 
 def tables(metric, splits):
-    """{title: [(row, keys into result.json)]}; the columns are the methods."""
+    """{title: [(row, keys into result.json)]}; the columns are the methods; a pair of keys is a difference."""
     def calibration(split):
-        return [(f"{kind.upper()}{after}, {split}", ("calibration", split, kind + key))
-                for kind in ("ece", "mce") for after, key in (("", ""), (" with T", "_scaled"))]
+        return [(f"{kind.upper()}{after}, {split}", ("calibration", split, key))
+                for kind in ("ece", "mce") for after, key in (
+                    ("", kind), (" with T", f"{kind}_scaled"), (" fall by T", (kind, f"{kind}_scaled")))]
 
     return {
         f"{metric.capitalize()}, in and out of distribution (Tables 8, 10, 16)": [
@@ -84,9 +96,11 @@ def tables(metric, splits):
 
 def look_up(result, keys):
     """The number under `keys`, or None where this method has none."""
-    for key in keys:
+    *path, last = keys
+    for key in path:
         result = result.get(key) if isinstance(result, dict) else None
-    return result
+    found = [(result or {}).get(key) for key in (last if isinstance(last, tuple) else (last,))]
+    return None if None in found else found[0] - found[1] if len(found) > 1 else found[0]
 
 
 def fill_table(rows, results, seeds):
@@ -103,7 +117,8 @@ def fill_table(rows, results, seeds):
             if len(values) == len(found):
                 table[row][column] = {
                     "mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-                    "values": values, "runs": [f"runs/{run}/result.json" for run in found], "key": ".".join(path)}
+                    "values": values, "runs": [f"runs/{run}/result.json" for run in found],
+                    "key": ".".join(" - ".join(key) if isinstance(key, tuple) else key for key in path)}
     return table
 
 
@@ -258,6 +273,8 @@ def write_report(out):
         config = json.loads((out / "runs" / f"{name}-seed{seeds[0]}" / "config.json").read_text(encoding="utf-8"))
         if "lr" in config:
             used[name] = f"{config['lr']:g} ({config['batch_size']}, {config['epochs']})"
+    if tuning:
+        filled |= {"Tuning: validation score by learning rate": tuning_table(tuning)}
     content = {"seeds": seeds, "claims": judged, "tables": filled, "tuning": tuning_scores(tuning)}
     (out / "tables.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     title = f"{first['data']} with {Path(first['model']).name}, {len(seeds)} seeds"
@@ -268,7 +285,9 @@ def write_report(out):
         "samples: an interval says nothing about other data or another encoder. Every number and the files behind "
         "it: `tables.json`.",
         "Learning rate (batch size, epochs): " + ", ".join(f"{name} {rate}" for name, rate in used.items()) + ". "
-        + ("Rates were chosen by the mean validation score over tuning seeds of their own." if tuning else "")]
+        + ("Rates were chosen by the mean validation score over tuning seeds of their own, which are in the last table. "
+           if tuning else "") + "Behind each number and verdict are runs of train.py, each with the flags in "
+        "`runs/NAME/flags.json`."]
     figures = make_figures(out, results, seeds)
     (out / "report.md").write_text(as_markdown(title, intro, judged, filled, figures), encoding="utf-8")
     (out / "report.html").write_text(as_html(title, intro, judged, filled, figures, out), encoding="utf-8")
@@ -306,7 +325,8 @@ def table_rows(table):
     """(column names, [[row name, cell, ...]])."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     return columns, [[row] + [f"{number(cells[column]['mean'])} ± {number(cells[column]['std'])}"
-                              if column in cells else "" for column in columns] for row, cells in table.items()]
+                              + cells[column].get("note", "") if column in cells else "" for column in columns]
+                     for row, cells in table.items()]
 
 
 def as_markdown(title, intro, judged, filled, figures):
