@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from resume import write_whole
+
 INDEX = "model.safetensors.index.json"  # of a sharded checkpoint: which tensor is in which file
 
 
@@ -197,10 +199,8 @@ def write_safetensors(path, tensors):
                         "data_offsets": [begin, end]}
     head = json.dumps(header).encode("utf-8")
     head += b" " * (-len(head) % 8)  # the data start at a multiple of 8 bytes
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with write_whole(path) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for tensor in tensors.values():
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             file.write(raw.numpy().tobytes())
-    temporary.replace(path)

@@ -17,6 +17,7 @@ import torch
 from checkpoint import read_json, read_safetensors, read_tokenizer, write_safetensors
 from model import (Classifier, Encoder, LoRALinear, add_lora, check_config, has_lora, huggingface_names,
                    merge_lora, save_pretrained)
+from resume import write_text
 
 
 def lora_settings(encoder):
@@ -32,11 +33,11 @@ def save_classifier(folder, model, tokenizer, task, temperature, max_length, dat
     """Write all that load_classifier needs; LoRA matrices stay apart from the weights they adapt."""
     write_safetensors(folder / "model.safetensors", model.state_dict())
     tokenizer.no_truncation()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     content = {"data": data, "pairs": task.pairs, "labels": task.labels, "temperature": temperature,
                "max_length": max_length, "lora": lora_settings(model.encoder),
                "encoder": asdict(model.encoder.config)}
-    (folder / "classifier.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "classifier.json", json.dumps(content, indent=2) + "\n")
 
 
 def load_classifier(folder):
@@ -108,4 +109,4 @@ def export_adapter(folder, encoder, base):
     config = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "r": r, "lora_alpha": lora_alpha,
               "lora_dropout": 0.0, "bias": "none", "target_modules": ["query", "value"],
               "inference_mode": True, "base_model_name_or_path": str(base)}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")

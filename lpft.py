@@ -132,47 +132,51 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=
             save()
 
     done = max(at["epoch"] - 1, 0) * steps_per_epoch + at["step"]
-    with tqdm(total=steps, initial=done, desc="fine-tuning", unit="step", mininterval=1.0) as bar:
-        try:
-            while at["epoch"] <= epochs:
-                if at["epoch"] == 0:  # the start, measured without dropout
-                    _, logits = predict(model, train)
-                    loss = float(F.cross_entropy(logits, train.labels))
-                    if not math.isfinite(loss):
-                        raise ValueError(f"the loss is {loss} before the first step of fine-tuning")
-                    train_accuracy = accuracy(logits, train.labels)
-                else:
-                    generator = torch.Generator().manual_seed(seed * 1000 + at["epoch"])
-                    batches = training_batches(train.lengths, batch_size, generator)[at["step"]:]
-                    train_epoch(model, load_batches(train, batches, num_workers, device), optimizer, schedule, at,
-                                lambda: after_step(bar))
-                    refuse_infinite(at, steps_per_epoch, lr)
-                    loss, train_accuracy = (float(total) / len(train) for total in at["totals"][:2])
-                _, logits = predict(model, val)
-                record = {"epoch": at["epoch"], "loss": loss, "train_accuracy": train_accuracy,
-                          "val_accuracy": accuracy(logits, val.labels),
-                          f"val_{metric}": METRICS[metric](logits, val.labels),
-                          "lr": schedule.get_last_lr()[0], "head_norm": float(model.head.weight.detach().norm())}
-                with unbroken():
-                    at["history"].append(record)
-                    if at["epoch"] and record[f"val_{metric}"] > at["best_score"]:
-                        at["best_score"] = record[f"val_{metric}"]
-                        at["best_weights"] = {name: p.detach().clone() for name, p in trained.items()}
-                    at["epoch"], at["step"] = at["epoch"] + 1, 0
-                    at["totals"].zero_()
-                if on_epoch:
-                    on_epoch(record)
-                if state:
-                    save()
-        except KeyboardInterrupt:
+    def all_epochs(bar):
+        while at["epoch"] <= epochs:
+            if at["epoch"] == 0:  # the start, measured without dropout
+                _, logits = predict(model, train)
+                loss = float(F.cross_entropy(logits, train.labels))
+                if not math.isfinite(loss):
+                    raise NotFinite(f"the loss is {loss} before the first step of fine-tuning")
+                train_accuracy = accuracy(logits, train.labels)
+            else:
+                generator = torch.Generator().manual_seed(seed * 1000 + at["epoch"])
+                batches = training_batches(train.lengths, batch_size, generator)[at["step"]:]
+                train_epoch(model, load_batches(train, batches, num_workers, device), optimizer, schedule, at,
+                            lambda: after_step(bar))
+                refuse_infinite(at, steps_per_epoch, lr)
+                loss, train_accuracy = (float(total) / len(train) for total in at["totals"][:2])
+            _, logits = predict(model, val)
+            record = {"epoch": at["epoch"], "loss": loss, "train_accuracy": train_accuracy,
+                      "val_accuracy": accuracy(logits, val.labels),
+                      f"val_{metric}": METRICS[metric](logits, val.labels),
+                      "lr": schedule.get_last_lr()[0], "head_norm": float(model.head.weight.detach().norm())}
+            with unbroken():
+                at["history"].append(record)
+                if at["epoch"] and record[f"val_{metric}"] > at["best_score"]:
+                    at["best_score"] = record[f"val_{metric}"]
+                    at["best_weights"] = {name: p.detach().clone() for name, p in trained.items()}
+                at["epoch"], at["step"] = at["epoch"] + 1, 0
+                at["totals"].zero_()
+            if on_epoch:
+                on_epoch(record)
             if state:
                 save()
-            raise
-        except NotFinite as error:
-            if at["best_weights"]:
-                model.load_state_dict(at["best_weights"], strict=False)
-                error.kept_epoch = max(at["history"][1:], key=lambda record: record[f"val_{metric}"])["epoch"]
-            raise
+
+    try:
+        with tqdm(total=steps, initial=done, desc="fine-tuning", unit="step", mininterval=1.0) as bar:
+            try:
+                all_epochs(bar)
+            except KeyboardInterrupt:
+                if state:
+                    save()
+                raise
+    except NotFinite as error:  # from save(), too
+        if at["best_weights"]:
+            model.load_state_dict(at["best_weights"], strict=False)
+            error.kept_epoch = max(at["history"][1:], key=lambda record: record[f"val_{metric}"])["epoch"]
+        raise
     model.load_state_dict(at["best_weights"], strict=False)
     model.eval()
     return at["history"]

@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import find_checkpoint, read_json, read_tokenizer, read_weights, write_safetensors
+from resume import write_text
 
 
 @dataclass
@@ -348,9 +349,9 @@ def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None)
     for name, spellings in SPECIAL_TOKENS.items():
         settings |= {name: token for token in spellings if tokenizer.token_to_id(token) is not None}
     for name, content in (("config.json", config), ("tokenizer_config.json", settings)):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(directory / name, json.dumps(content, indent=2) + "\n")
     tokenizer.no_truncation()  # else the length of this run would be every later reader's
-    tokenizer.save(str(directory / "tokenizer.json"))
+    write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
 def read_config(path):

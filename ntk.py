@@ -118,20 +118,20 @@ def empirical_ntk(model, train_batches, test_batches=None, memory_budget=2**31, 
                                                           unit_scale=True, mininterval=1.0) as bar:
         done = 0
         if state and "ntk_groups" in state.parts:
-            done = state.parts["ntk_groups"]["done"]
-            kernel.copy_(state.parts["ntk_groups"]["kernel"])
+            found = state.parts.pop("ntk_groups")
+            done = found["done"]
+            kernel.copy_(found["kernel"])
         for number, group in enumerate(groups):
-            if number < done:
-                continue
-            features, stored = inputs_and_gradients(model, train + test, group, num_classes)  # (R, h)
+            if number >= done:
+                features, stored = inputs_and_gradients(model, train + test, group, num_classes)  # (R, h)
             for layer, start, stop in group:
-                inputs, gradients = stored.pop(layer)
+                inputs, gradients = stored.pop(layer) if number >= done else ((), ())
                 if inputs:
                     add_layer(gram, layer, trained[layer], inputs, gradients, start, stop, workspace)
                 bar.update(sum(p.numel() * (stop - start) // out_features(layer)
                                for p in trained[layer].values()))
             gram.add_waiting()
-            if state and number + 1 < len(groups):
+            if state and done <= number < len(groups) - 1:
                 state.save(ntk_groups={"done": number + 1, "kernel": kernel})
     square = kernel[:len(kernel[0])].tril()  # the Gram products filled the lower triangle alone
     kernel = torch.cat([square + square.tril(-1).T, kernel[len(square):]]).cpu()

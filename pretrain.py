@@ -16,6 +16,7 @@ import inspect
 import json
 import random
 import shutil
+import signal
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ import model as model_file
 from data import Split, encode, evaluation_batches, tiny
 from lpft import accuracy, fit_linear_probe, predict
 from model import Classifier, Encoder, EncoderConfig, MaskedLanguageModel, save_pretrained
-from resume import StateFile, lock_folder, random_state, set_random_state, unbroken
+from resume import StateFile, random_state, set_random_state, status_of, take_lock, unbroken
 
 CACHE = Path.home() / ".cache" / "lpft"
 
@@ -69,22 +70,26 @@ def tiny_encoder(settings=None, cache=CACHE):
         print(f"tiny encoder: cached in {folder}")
         return folder
     print(f"tiny encoder: not in the cache, pre-training it once, into {folder}")
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
-    lock = lock_folder(partial, wait=True)
-    if not (folder / "config.json").is_file():  # else the process that held the lock has made it
-        state = StateFile.of(partial / "state", every=10)
-        encoder, tokenizer = pretrain(settings, state), tiny.make_tokenizer()
-        try:
-            check_polarity(encoder, tokenizer, settings)
-        except PolarityNotLearnt:
-            shutil.rmtree(partial)
-            raise
-        save_pretrained(partial / "done", encoder, tokenizer)
-        shutil.rmtree(folder, ignore_errors=True)
-        (partial / "done").rename(folder)
-        shutil.rmtree(partial)
-    lock.release()
+    folder.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
+    lock = take_lock(folder.with_name(folder.name + ".lock"), wait=True)
+    try:
+        if not (folder / "config.json").is_file():  # else the process that had the lock has made it
+            partial = folder.with_name(folder.name + ".partial")
+            partial.mkdir(exist_ok=True)
+            encoder, tokenizer = pretrain(settings, StateFile.of(partial / "state", every=10)), tiny.make_tokenizer()
+            try:
+                check_polarity(encoder, tokenizer, settings)
+                shutil.rmtree(folder, ignore_errors=True)
+                save_pretrained(partial / "done", encoder, tokenizer)
+                (partial / "done").rename(folder)
+            except PolarityNotLearnt:
+                (partial / "state").unlink(missing_ok=True)  # it would fail again
+                raise
+            finally:
+                if not (partial / "state").exists() or (folder / "config.json").is_file():
+                    shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        lock.release()
     return folder
 
 
@@ -204,9 +209,22 @@ def check_polarity(encoder, tokenizer, settings):
           f"(needed: {settings.gate})")
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+def main(argv=None):
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
     try:
         tiny_encoder()
+        return 0
     except PolarityNotLearnt as error:
-        sys.exit(f"pretrain.py: error: {error}")
+        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        return status_of(error)
+    except KeyboardInterrupt:
+        print("\npretrain.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
+    sys.exit(main())

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ import torch
 
 import train
 from report import METHODS, SCALES, choose_rates, read_results, write_report
-from resume import lock_folder
+from resume import lock_folder, status_of, write_text
 
 TUNING_SEEDS = (101, 102)
 RATE_FACTORS = (1 / 3, 1, 3)  # of train.py's learning rate
@@ -122,20 +123,30 @@ def run_all(args, runs):
                              f"{' '.join(runs[name])}; choose another --out")
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already", flush=True)
-    started = time.monotonic()
+    started, running = time.monotonic(), set()
 
     def run(name):
-        folder, partial = args.out / "runs" / name, args.out / "runs" / f"{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of an interruption
-        (args.out / "runs").mkdir(parents=True, exist_ok=True)
-        with open(args.out / "runs" / f"{name}.log", "w", encoding="utf-8") as log:
-            command = [sys.executable, Path(__file__).with_name("train.py"), *runs[name], "--out", partial]
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            raise RuntimeError(f"{name} ended with status {done.returncode}; its last words are in {log.name}")
-        (partial / "flags.json").write_text(json.dumps(runs[name]) + "\n", encoding="utf-8")
+        folder, partial, begun = (args.out / "runs" / f"{name}{end}" for end in ("", ".partial", ".begun"))
+        command = [sys.executable, Path(__file__).with_name("train.py")]
+        if (partial / "config.json").is_file() and begun.is_file() and json.loads(begun.read_text()) == runs[name]:
+            command += ["--resume", partial]  # of an interruption; its lock says if it is still running
+        else:
+            if partial.is_dir():
+                lock_folder(partial).release()  # ValueError if it is
+            shutil.rmtree(partial, ignore_errors=True)
+            write_text(begun, json.dumps(runs[name]))
+            command += [*runs[name], "--out", partial]
+        with open(args.out / "runs" / f"{name}.log", "a", encoding="utf-8") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
+                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
+        if status:
+            raise RuntimeError(f"{name} ended with status {status}; its last words are in {log.name}")
+        write_text(partial / "flags.json", json.dumps(runs[name]) + "\n")
         partial.rename(folder)
+        begun.unlink()
         return name
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -146,7 +157,9 @@ def run_all(args, runs):
                 print(f"[{count}/{len(todo)}, {time.monotonic() - started:.0f} s] {name}: val "
                       f"{result['val_' + result['metric']]:.3f}, {score}", flush=True)
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):  # they save their state
+                process.terminate()
 
 
 def main(argv=None):
@@ -155,7 +168,9 @@ def main(argv=None):
         train.parse_args(flags)
     command = " ".join(["python reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "runs").is_dir():
+            raise ValueError(f"--out {args.out}: holds something else; expected a new folder or that of an earlier call")
+        (args.out / "runs").mkdir(parents=True, exist_ok=True)
         lock = lock_folder(args.out)  # noqa: F841  held until the process ends
         (args.out / "command.txt").write_text(command + "\n", encoding="utf-8")
         if "tiny" in (args.model, args.data):  # pre-trained once, not in every process
@@ -169,7 +184,7 @@ def main(argv=None):
         return 0
     except (ValueError, OSError) as error:
         print(f"reproduce.py: error: {error}", file=sys.stderr)
-        return 2
+        return status_of(error)
     except RuntimeError as error:
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         return 1
@@ -179,4 +194,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,7 +1,7 @@
 """How a run survives: one process to a folder, files that are whole or absent, a state to go on from.
 
-    lock_folder                refuses a folder that a live process uses
-    write_whole                a file is the old one or the new one, never a part of either
+    take_lock, lock_folder     refuses what a live process uses
+    write_whole, write_text    a file is the old one or the new one, never a part of either
     save_state, load_state     tensors and numbers with a checksum; never code
     random_state, set_random_state
     unbroken                   Ctrl-C waits for the end of a step
@@ -10,6 +10,7 @@
 Apart from `train.py` because pre-training, training and reproduce.py all use it.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -26,20 +27,25 @@ LOCK = "lock"  # name of the lock file in a folder
 VERSION = 1  # of what states hold; higher when an older state cannot be gone on with
 
 
-def lock_folder(folder, wait=False):
-    """Hold `folder` until this process ends, however it ends; while another holds it, wait or ValueError.
+def take_lock(path, wait=False):
+    """Lock the file `path` until this process ends, however it ends; if another has it, wait or ValueError.
 
-    Keep what is returned: the lock goes with it.
+    Keep what is returned: the lock goes with it. The file stays: deleting it would part those who wait from
+    those who come later.
     """
-    lock = FileLock(Path(folder) / LOCK)
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if not wait:
-            raise ValueError(f"{folder}: another process that is still running uses it") from None
-        print(f"waiting for another process, which is busy in {folder}", flush=True)
+            raise ValueError(f"{Path(path).parent}: another process that is still running uses it") from None
+        print(f"waiting for another process, which has {path}", flush=True)
         lock.acquire()
     return lock
+
+
+def lock_folder(folder):
+    return take_lock(Path(folder) / LOCK)
 
 
 @contextmanager
@@ -57,6 +63,11 @@ def write_whole(path):
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None  # write() does not say which file
         raise
+
+
+def write_text(path, text):
+    with write_whole(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 class Hashing:
@@ -80,9 +91,9 @@ class Hashing:
 def save_state(path, state):
     """Write a dict of tensors, numbers, strings, lists and dicts: torch.save's bytes, then their SHA-256.
 
-    It also gets what has to be the same for the numbers to come out the same: versions and threads.
+    It also gets the versions that have to be the same for the numbers to come out the same.
     """
-    with write_whole(path) as file:
+    with unbroken(), write_whole(path) as file:  # Ctrl-C inside torch.save would be a RuntimeError
         hashing = Hashing(file)
         try:
             torch.save(state | {"version": VERSION, "torch": str(torch.__version__)}, hashing)
@@ -99,9 +110,10 @@ def load_state(path):
     The checksum finds every cut and every flipped bit. Against files made to harm it is no help, but
     weights_only=True is: it builds tensors and plain values and runs nothing.
     """
-    data = Path(path).read_bytes()
+    data = memoryview(Path(path).read_bytes())
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ValueError(f"{path}: is cut or damaged (its checksum is not that of its {len(data)} bytes)")
+        raise ValueError(f"{path}: is cut or damaged (its checksum is not that of its {len(data)} bytes); delete it to "
+                         "start from the beginning")
     try:
         state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         found = {"version": state["version"], "torch": state["torch"]}
@@ -110,7 +122,7 @@ def load_state(path):
     for name, here in (("version", VERSION), ("torch", str(torch.__version__))):
         if found[name] != here:
             raise ValueError(f"{path}: of {name} {str(found[name])[:40]}, this is {here}; the result would not be that "
-                             "of an uninterrupted run, so start a new one or delete it")
+                             "of an uninterrupted run, so start a new run")
     return state
 
 
@@ -130,7 +142,7 @@ def set_random_state(state):
 
 @contextmanager
 def unbroken():
-    """Ctrl-C and SIGTERM wait until the block is through; then KeyboardInterrupt is raised."""
+    """Ctrl-C and SIGTERM wait until the block is through, then do what they would have done."""
     if threading.current_thread() is not threading.main_thread():  # it gets no signals
         yield
         return
@@ -175,3 +187,9 @@ class StateFile:
 
     def due(self):
         return time.monotonic() >= self.not_before
+
+
+def status_of(error):
+    """The exit status for an OSError: 1 where a disk is full or broken, 2 where a name is wrong."""
+    broken = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    return 1 if isinstance(error, OSError) and error.errno in broken else 2

@@ -14,11 +14,12 @@ converge, or a tiny encoder that failed its gate, 130 interrupted.
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import math
+import os
 import platform
+import shlex
 import signal
 import sys
 from contextlib import contextmanager
@@ -39,13 +40,13 @@ from linear_probe import LinearProbe
 from lpft import (METRICS, NotFinite, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
                   fit_temperature, predict, set_head)
 from model import Classifier, add_lora, count_parameters, load_pretrained
-from resume import LOCK, StateFile, lock_folder, write_whole
+from resume import LOCK, StateFile, lock_folder, status_of, write_whole
 
+UNFINISHED = "unfinished-run"  # a file in --export until it is whole, with the path of --out
+STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA)
 # (batch size, learning rate) of the FT stage by task. For tiny and tiny-plain chosen on validation
 # accuracy (README), for the paper's data sets those of the authors for RoBERTa-base, for a folder the
 # most usual of these.
-ABOUT_THE_RUN = ("versions", "threads")  # what config.json holds beside flags
-STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA)
 RECIPES = {
     # task      FT           LoRA         LP-FT        LP-LoRA
     "tiny": ((8, 1.5e-3), (8, 5e-3), (8, 1e-3), (8, 1e-2)),
@@ -115,23 +116,24 @@ def parse_args(argv=None):
                            help="of the random head, LoRA, dropout and order (default: %(default)s)")
     run_group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                            help="auto takes cuda, else mps, else cpu (default: %(default)s)")
-    run_group.add_argument("--num-workers", type=int, default=0, metavar="N",
-                           help="processes that prepare batches ahead of the steps (default: %(default)s, none)")
+    run_group.add_argument("--num-workers", type=int, metavar="N",
+                           help="processes that prepare batches ahead of the steps (default: 0, none)")
     run_group.add_argument("--out", type=Path, metavar="DIR",
                            help="folder for config.json, metrics.jsonl, result.json and the weights; "
                                 "must not hold anything yet (default: a new one under runs/)")
-    run_group.add_argument("--save-every", type=float, default=60.0, metavar="S",
+    run_group.add_argument("--save-every", type=float, metavar="S",
                            help="progress is saved after each epoch, and within one when S seconds have passed "
-                                "(default: %(default)g)")
+                                "(default: 60)")
     run_group.add_argument("--resume", type=Path, metavar="RUN_DIR",
                            help="go on with the unfinished run in RUN_DIR, with its own flags; stands alone")
     run_group.add_argument("--export", type=Path, metavar="DIR",
                            help="also write the result for other tools: a Hugging Face folder (LoRA merged), "
                                 "head.safetensors, and with --lora a peft folder, DIR/adapter")
     parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")  # one line, no usage
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.resume:
-        if vars(args) != vars(parser.parse_args(["--resume", str(args.resume)])):
+        if len(argv) > 2 or sum(word.startswith("--") for word in argv) > 1:
             parser.error(f"--resume goes on with the flags in {args.resume / 'config.json'}; expected no other flag")
         return resumed_args(parser, args.resume)
     check_flags(parser, args)
@@ -140,16 +142,21 @@ def parse_args(argv=None):
 
 def resumed_args(parser, folder):
     """The flags of the run in `folder`, checked as if they were given anew."""
-    if not (folder / "config.json").is_file():
-        parser.error(f"--resume {folder}: holds no config.json; expected the folder of a run")
+    path = folder / "config.json"
     try:
-        config = read_json(folder / "config.json")
-    except ValueError as error:
+        if not path.is_file():
+            raise ValueError(f"--resume {str(folder)[:200]}: holds no config.json; expected the folder of a run")
+        config = read_json(path)
+        threads, known = config.pop("threads", None), vars(parser.parse_args([])).keys() - {"resume"}
+        unknown = config.keys() - known - {"versions"}
+        if unknown or type(threads) is not int or not 1 <= threads <= 1024:
+            raise ValueError(f"{path}: not what train.py writes: " + (
+                f"{min(unknown)[:40]!r} is no flag" if unknown else f"threads is {str(threads)[:20]}"))
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    flags = [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
-             for name, value in config.items() if name not in ABOUT_THE_RUN and value is not False]
-    args = parse_args(flags)
-    args.out, args.resume = folder, folder
+    args = parse_args([f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
+                       for name, value in config.items() if name in known and value is not False])
+    args.out, args.resume, args.threads = folder, folder, threads
     return args
 
 
@@ -157,6 +164,7 @@ def check_flags(parser, args):
     """Refuse, in one sentence, flags that do not go together and numbers out of range."""
     stage = {"--epochs": args.epochs, "--batch-size": args.batch_size, "--lr": args.lr,
              "--head-scale": args.head_scale}
+    loop = {"--num-workers": (args.num_workers, 64), "--save-every": (args.save_every, 1e9)}
     lora = {"--lora-r": args.lora_r, "--lora-alpha": args.lora_alpha}
     probe = {"--lp-scoring": args.lp_scoring, "--lp-inverse-l2": args.lp_inverse_l2}
     if args.method == "lp" and args.lora:
@@ -164,7 +172,7 @@ def check_flags(parser, args):
                      "use --method ft or lpft")
     if args.ntk is not None and not 1 <= args.ntk <= 250:
         parser.error(f"--ntk is {args.ntk}; expected 1 to 250")
-    for flags, wrong, why in ((stage | {"--ntk": args.ntk}, args.method == "lp", "--method lp has no FT stage"),
+    for flags, wrong, why in ((stage | {"--ntk": args.ntk} | {flag: value for flag, (value, _) in loop.items()}, args.method == "lp", "--method lp has no FT stage"),
                               (lora, not args.lora, "it needs --lora"),
                               ({"--ntk-memory": args.ntk_memory}, args.ntk is None, "it needs --ntk"),
                               (probe, args.method == "ft", "--method ft does no linear probing")):
@@ -182,8 +190,8 @@ def check_flags(parser, args):
             parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0")
     if args.max_length < 8:
         parser.error(f"--max-length is {args.max_length}; expected 8 or more")
-    for flag, value, most in (("--num-workers", args.num_workers, 64), ("--save-every", args.save_every, 1e9)):
-        if not 0 <= value <= most:
+    for flag, (value, most) in loop.items():
+        if value is not None and not 0 <= value <= most:
             parser.error(f"{flag} is {value:g}; expected 0 to {most:g}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed is {args.seed}; expected 0 to {2**32 - 1}")
@@ -199,12 +207,17 @@ def fill_defaults(args):
         args.batch_size = args.batch_size or batch_size
         args.lr = args.lr or lr
         args.ntk_memory = args.ntk_memory or (2048 if args.ntk else None)
+        args.num_workers = args.num_workers or 0
     if args.lora:
         args.lora_r, args.lora_alpha = args.lora_r or 8, args.lora_alpha or 8.0
     if args.data in CORPORA:
         args.data_dir = args.data_dir or Path("datasets")
     if args.method != "ft" and args.lp_inverse_l2 is None:
         args.lp_scoring = args.lp_scoring or "accuracy"
+    for name in ("model", "data", "data_dir", "export"):  # so that --resume works from any folder
+        value = getattr(args, name)
+        if isinstance(value, Path) or value not in (None, "tiny", *tiny.TRAIN_SIZES, *CORPORA) and Path(value).is_dir():
+            setattr(args, name, type(value)(os.path.abspath(value)))
     return args
 
 
@@ -231,7 +244,11 @@ def claim_folders(args):
     Returns (lock, folders that were not there before). A resumed run has its folders.
     """
     if args.resume:
-        return lock_folder(args.out), []
+        lock, marker = lock_folder(args.out), args.export and args.export / UNFINISHED
+        if marker and any(args.export.glob("*")) and not (
+                marker.is_file() and marker.read_text(encoding="utf-8") == str(args.out.resolve())):
+            raise ValueError(f"--export {args.export}: holds something that is not of this run")
+        return lock, []
     made = []
     if args.out is None:
         name = "-".join([Path(args.data).name, Path(args.model).name, args.method]
@@ -256,14 +273,19 @@ def claim_folders(args):
     lock = lock_folder(args.out)
     if (args.out / "config.json").exists():  # of two commands that found it empty, one was first
         raise ValueError(f"--out {args.out}: holds something already; expected a new or empty folder")
+    if args.export:
+        with open(args.export / UNFINISHED, "x", encoding="utf-8") as file:
+            file.write(str(args.out.resolve()))
     return lock, made
 
 
 def release_folders(args, lock, made):
     """After a failure before anything was saved, leave nothing that blocks the corrected command."""
     lock.release()
-    for name in (LOCK, "config.json"):
+    for name in (LOCK, "config.json", "metrics.jsonl", "ntk.npz"):
         (args.out / name).unlink(missing_ok=True)
+    if args.export:
+        (args.export / UNFINISHED).unlink(missing_ok=True)
     for folder in made:
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -280,18 +302,23 @@ def run(args):
     try:
         if (args.out / "result.json").is_file():
             print(f"finished already: {args.out}")
-            return read_json(args.out / "result.json")
-        state = StateFile(args.out / "state", every=args.save_every)
-        if args.resume:
-            torch.set_num_threads(read_json(args.out / "config.json")["threads"])  # other sums round differently
-            state = StateFile.of(state.path, args.save_every)
+            result = read_json(args.out / "result.json")
         else:
-            write_json(args.out / "config.json", configuration(args) | {
-                "threads": torch.get_num_threads(),
-                "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                             "tokenizers": tokenizers.__version__, "numpy": np.__version__}})
-        result = load_train_measure(args, device, why, state)
-        state.path.unlink(missing_ok=True)
+            every = 60.0 if args.save_every is None else args.save_every
+            if args.resume:
+                torch.set_num_threads(args.threads)  # another number adds in another order
+                state = StateFile.of(args.out / "state", every)
+            else:
+                write_json(args.out / "config.json", configuration(args) | {
+                    "threads": torch.get_num_threads(),
+                    "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                                 "tokenizers": tokenizers.__version__, "numpy": np.__version__}})
+                state = StateFile(args.out / "state", every=every)
+            with memory_advice("--max-length, --batch-size or --max-train"):
+                result = load_train_measure(args, device, why, state)
+        (args.out / "state").unlink(missing_ok=True)
+        if args.export:
+            (args.export / UNFINISHED).unlink(missing_ok=True)
         return result
     except Exception:
         if not (args.resume or (args.out / "state").is_file()):
@@ -304,7 +331,7 @@ def run(args):
 def configuration(args):
     """The flags, defaults filled in, as values that JSON has."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-            if value is not None and name != "resume"}
+            if value is not None and name not in ("resume", "threads")}
 
 
 @contextmanager
@@ -312,10 +339,11 @@ def memory_advice(advice):
     """Where memory runs out, MemoryError with what to lower."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise MemoryError(f"out of memory ({str(error).splitlines()[0][:80]}); lower {advice}") from None
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # how PyTorch says it on a CPU
+    except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
+        if "DataLoader worker" in str(error):
+            raise MemoryError("a process of --num-workers was ended, perhaps for want of memory; lower it") from None
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not full or "lower" in str(error):  # advice from further inside is better
             raise
         raise MemoryError(f"out of memory; lower {advice}") from None
 
@@ -337,9 +365,8 @@ def load_train_measure(args, device, why, state):
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(task.labels)).to(device)
     needed = task.test_names if args.method == "ft" or "lp" in state.parts else task.splits
-    with memory_advice("--max-length"):
-        features_0 = {name: predict(model, task.splits[name], desc=f"features of {name}")[0]
-                      for name in needed}  # phi_0(x), before anything moves
+    features_0 = {name: predict(model, task.splits[name], desc=f"features of {name}")[0]
+                  for name in needed}  # phi_0(x), before anything moves
     if not all(torch.isfinite(features).all() for features in features_0.values()):
         raise ValueError(f"--model {args.model}: its features hold NaN or infinity; the checkpoint is damaged")
     result = {"method": args.method, "lora": args.lora, "seed": args.seed, "model": args.model,
@@ -385,7 +412,7 @@ def refuse_other_start(args, task, encoder, state):
     neutral = ("out", "export", "num_workers", "save_every")  # no number depends on them
     start = {f"--{name.replace('_', '-')}": value for name, value in configuration(args).items() if name not in neutral}
     start["data and encoder"] = digest.hexdigest()
-    before = state.parts.get("start", start)
+    before = state.parts.get("start", {} if state.parts else start)
     for name in sorted(before | start):
         if before.get(name) != start.get(name):
             raise ValueError(f"{state.path}: was saved with {name} {str(before.get(name))[:40]}, now it is "
@@ -619,17 +646,18 @@ def main(argv=None):
         return 0
     except (ValueError, OSError) as error:  # bad input: these messages say what and where
         print(f"train.py: error: {error}", file=sys.stderr)
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # that is no input
-        return 1 if isinstance(error, OSError) and error.errno in full else 2
+        return status_of(error)
     except (pretrain.PolarityNotLearnt, ArithmeticError, MemoryError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        how = f"; go on with: python train.py --resume {args.out}" * bool(args.out)
+        how = ""
+        if args.out and (args.out / "config.json").is_file():
+            how = f"; go on with: python train.py --resume {shlex.quote(str(args.out))}"
         print(f"\ntrain.py: interrupted{how}", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a cluster's way to say Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     sys.exit(main())

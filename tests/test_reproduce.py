@@ -244,8 +244,32 @@ def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
 
 
 def test_two_commands_do_not_write_to_one_folder(tmp_path, capsys):
+    (tmp_path / "mine").write_text("precious")
+    assert reproduce.main(["--out", str(tmp_path)]) == 2 and "holds something else" in capsys.readouterr().err
+    (tmp_path / "runs").mkdir()
     lock = lock_folder(tmp_path)
     assert reproduce.main(["--out", str(tmp_path)]) == 2
     assert "another process that is still running" in capsys.readouterr().err
     lock.release()
     lock_folder(tmp_path)
+
+
+def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch):
+    commands = []
+
+    class Process:
+        def __init__(self, command, **more):
+            commands.append([str(word) for word in command[2:]])
+
+        def wait(self):
+            return 1
+
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
+    args, partial = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one.partial"
+    for flags in (["--seed", "1"], ["--seed", "1"], ["--seed", "2"]):  # the last one is another run
+        with pytest.raises(RuntimeError):
+            reproduce.run_all(args, {"one": flags})
+        partial.mkdir(exist_ok=True)
+        (partial / "config.json").write_text("{}")
+    assert commands == [["--seed", "1", "--out", str(partial)], ["--resume", str(partial)],
+                        ["--seed", "2", "--out", str(partial)]]

@@ -21,6 +21,7 @@ import ntk
 import pretrain
 import resume
 import train
+from checkpoint import write_safetensors
 from data import load_task
 from export import load_classifier
 from model import Classifier, load_pretrained
@@ -189,13 +190,89 @@ def test_the_kernel_goes_on_after_its_last_finished_group(random_folder, tmp_pat
     assert len(passes) == len(ntk.group_pieces(layers, batches, 3, 2**21, 4)) - 2 > 0
 
 
-def test_ctrl_c_waits_for_the_end_of_the_step():
-    done = []
-    with pytest.raises(KeyboardInterrupt):
-        with resume.unbroken():
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_wait_for_the_end_of_the_step(name):
+    done, before = [], signal.signal(name, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with resume.unbroken():
+                signal.raise_signal(name)
+                done.append("the rest of the step")
+        assert done and signal.getsignal(name) is signal.default_int_handler
+    finally:
+        signal.signal(name, before)
+
+
+def test_saving_inside_an_epoch_waits_for_its_time_and_thirty_times_what_it_costs(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(resume, "save_state", lambda path, state: now.__setitem__(0, now[0] + 2))
+    state = resume.StateFile(tmp_path / "state", every=10)
+    assert not state.due()
+    now[0] = 110
+    assert state.due()
+    state.save(lp=1)
+    for passed, due in ((10, False), (59, False), (60, True)):
+        now[0] = 112 + passed
+        assert state.due() is due
+
+
+def test_the_seconds_of_all_processes_add_up(tmp_path):
+    state = resume.StateFile(tmp_path / "state", {"seconds": 50.0})
+    state.save()
+    assert 50 <= resume.load_state(tmp_path / "state")["seconds"] < 60 and 50 <= state.seconds() < 60
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name_and_otherwise_the_old_one_stays(tmp_path, monkeypatch):
+    synced, path = [], tmp_path / "model.safetensors"
+    monkeypatch.setattr(resume.os, "fsync", lambda handle: synced.append(path.exists()))
+    write_safetensors(path, {"x": torch.ones(3)})
+    assert synced == [False]
+    before = path.read_bytes()
+    with pytest.raises(AttributeError):
+        write_safetensors(path, {"x": torch.zeros(3), "y": torch.zeros(1), "z": Broken()})
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+class Broken:
+    """A tensor until it is to be written."""
+
+    shape, dtype = (1,), torch.float32
+
+    def numel(self):
+        return 1
+
+    def element_size(self):
+        return 4
+
+
+def test_ctrl_c_while_saving_is_an_interruption_with_a_whole_state(tmp_path, monkeypatch):
+    write, pressed = resume.Hashing.write, []
+
+    def interrupted_write(self, data):
+        if not pressed:
+            pressed.append(1)
             signal.raise_signal(signal.SIGINT)
-            done.append("the rest of the step")
-    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        return write(self, data)
+
+    monkeypatch.setattr(resume.Hashing, "write", interrupted_write)
+    with pytest.raises(KeyboardInterrupt):
+        resume.save_state(tmp_path / "state", {"x": torch.ones(5)})
+    assert torch.equal(resume.load_state(tmp_path / "state")["x"], torch.ones(5))
+
+
+def test_who_waits_for_the_tiny_encoder_gets_the_one_that_the_other_made(tmp_path):
+    """Three processes at once: one trains, all have it, none trains again."""
+    code = ("import pretrain, sys; from pathlib import Path\n"
+            "pretrain.tiny_encoder(pretrain.Settings(documents=200, steps=20, gate=0.0), Path(sys.argv[1]))")
+    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                                  stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(3)]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    folder, lock = sorted(tmp_path.iterdir())
+    assert lock.name == folder.name + ".lock" and (folder / "config.json").is_file()
+    load_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------- the command
@@ -260,11 +337,56 @@ def test_resume_takes_the_flags_of_the_run_and_no_others(unfinished, tmp_path, c
     assert "holds no config.json" in refusal(["--resume", tmp_path], capsys)
     config = json.loads((run / "config.json").read_text())
     for changed, said in (({"lr": 1.0}, "with --lr 1e-05, now it is 1.0"), ({"lr": -1}, "--lr is -1"),
-                          ({"depth": 3}, "--depth"), ({"max_train": 100}, "with --max-train None, now it is 100")):
+                          ({"depth": 3}, "'depth' is no flag"), ({"max_train": 100}, "with --max-train None, now it is 100")):
         (run / "config.json").write_text(json.dumps(config | changed))
         assert said in refusal(["--resume", run], capsys)
     (run / "config.json").write_text("{")
     assert "not a JSON file" in refusal(["--resume", run], capsys)
+
+
+def test_a_resumed_run_takes_its_own_number_of_threads_and_leaves_no_state(unfinished, tmp_path, monkeypatch):
+    """Sums over another number of threads round differently; and --resume works from another folder."""
+    run = copy_of(unfinished, tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    assert config["threads"] == 1 and Path(config["model"]).is_absolute()
+    assert {"python", "torch", "tokenizers", "numpy"} == config["versions"].keys()
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(train, "load_train_measure", lambda *a: seen.append(torch.get_num_threads()) or {})
+    torch.set_num_threads(2)
+    try:
+        assert train.main(["--resume", str(run)]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1] and not (run / "state").exists()
+
+
+def test_an_export_of_another_run_is_not_overwritten(unfinished, random_folder, tmp_path, capsys):
+    run, export = copy_of(unfinished, tmp_path), tmp_path / "export"
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"export": str(export)}))
+    export.mkdir()
+    (export / "config.json").write_text("precious")
+    assert "not of this run" in refusal(["--resume", run], capsys)
+    (export / train.UNFINISHED).write_text(str(tmp_path / "another"))
+    assert "not of this run" in refusal(["--resume", run], capsys)
+    flags = ["--model", random_folder, "--method", "lp", "--out", tmp_path / "new", "--export", tmp_path / "own"]
+    assert train.main([*map(str, flags)]) == 0 and not (tmp_path / "own" / train.UNFINISHED).exists()
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"threads": None}, "threads is None"), ({"threads": 0}, "threads is 0"), ({"resume": "run"}, "'resume' is no flag"),
+    ({"help": True}, "'help' is no flag"), ({"method": ["lp"]}, "--method"), ({"seed": {}}, "--seed")])
+def test_a_config_that_is_not_of_a_run_is_refused(change, said, unfinished, tmp_path, capsys):
+    run = copy_of(unfinished, tmp_path)
+    config = json.loads((run / "config.json").read_text()) | change
+    (run / "config.json").write_text(json.dumps(config))
+    assert said in refusal(["--resume", run], capsys)
+
+
+def test_a_state_without_a_start_is_not_one_of_a_run(unfinished, tmp_path, capsys):
+    run = copy_of(unfinished, tmp_path)
+    resume.save_state(run / "state", {"step": 5})  # of pre-training, say
+    assert "was saved with --batch-size None" in refusal(["--resume", run], capsys)
 
 
 def test_a_state_of_other_weights_is_refused(unfinished, tmp_path, capsys):
@@ -312,7 +434,7 @@ def test_code_in_a_state_is_not_run(unfinished, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(unfinished, tmp_path):
-    """A limit on the size of files stands in for the disk: the state fits, the classifier's weights do not."""
+    """A limit on the size of files stands in for the disk."""
     run = copy_of(unfinished, tmp_path)
     size = (run / "state").stat().st_size
     status, _, err = finish(["--resume", run], tmp_path, preexec_fn=lambda: resource.setrlimit(
@@ -340,3 +462,45 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_with_the_best_weights_befor
     assert "in step 5, epoch 2" in err and "the weights of epoch 1, the best before" in err
     model, _, _ = load_classifier(tmp_path / "b")
     assert float(model.head.weight.detach().abs().max()) < 1
+
+
+def test_ctrl_c_in_a_step_that_is_not_finite_keeps_the_best_weights_too(random_folder, tmp_path):
+    """Saving refuses the state, and that refusal counts as the loss does."""
+    state = resume.StateFile(tmp_path / "state")
+
+    def on_epoch(record):
+        if record["epoch"] == 1:
+            raise_in.append(1)
+
+    raise_in, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def not_finite(*arguments, **more):
+        if raise_in:
+            signal.raise_signal(signal.SIGINT)
+            return torch.tensor(float("inf"))
+        return clip(*arguments, **more)
+
+    torch.nn.utils.clip_grad_norm_ = not_finite
+    try:
+        with pytest.raises(lpft.NotFinite, match="in step 9, epoch 2") as end:
+            fine_tuned(random_folder, state, on_epoch=on_epoch)
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+    assert end.value.kept_epoch == 1
+    assert resume.load_state(tmp_path / "state")["ft"]["epoch"] == 2  # the last good one
+
+
+def test_memory_that_runs_out_is_one_line_with_what_to_lower(random_folder, tmp_path, capsys, monkeypatch):
+    def full(*arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    for module, name, said in ((train, "fine_tune", "lower --batch-size or --max-length"),
+                               (ntk, "empirical_ntk", "lower --ntk-memory, --ntk or --max-length"),
+                               (train, "evaluate", "lower --max-length, --batch-size or --max-train")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            out = tmp_path / name
+            assert train.main(["--model", str(random_folder), "--method", "ft", "--epochs", "1", "--ntk", "40", "--out",
+                               str(out)]) == 1
+            last = capsys.readouterr().err.splitlines()[-1]
+            assert last == f"train.py: error: out of memory; {said}"
