@@ -113,8 +113,8 @@ def trace_norms(out, results, seeds):
             axis.axhline(edge, color="white", linewidth=0.8)
             axis.axvline(edge, color="white", linewidth=0.8)
         middles = [np.flatnonzero(saved["labels"][order] == c).mean() for c in range(len(classes))]
-        axis.set_xticks(middles, classes)
-        axis.set_yticks(middles, classes, rotation=90, va="center")
+        axis.set_xticks(middles, classes, rotation=25, ha="right", rotation_mode="anchor", fontsize=9)
+        axis.set_yticks(middles, classes, fontsize=9)
         axis.tick_params(length=0)
         axis.set(title=f"{label}, {name}", xlabel="samples of class", ylabel="samples of class")
         axis.grid(visible=False)

@@ -347,10 +347,11 @@ def as_markdown(title, intro, judged, filled, figures):
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1em; max-width: 1100px; color: #222; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: clamp(10px, 2.6vw, 14px); }
-td, th { padding: .25em .3em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
+td, th { box-sizing: border-box; padding: .25em .3em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
          overflow-wrap: anywhere; hyphens: auto; }
-th:first-child { width: 24%; } .claims th:first-child { width: 38%; }
-.head td { font-weight: 600; border-top: 2px solid #999; } small { color: #666; white-space: nowrap; }
+th:first-child { width: 24%; } .claims th:nth-child(1) { width: 32%; }
+.claims th:nth-child(2) { width: 13%; } .claims th:nth-child(4) { width: 15%; } .claims th:nth-child(5) { width: 21%; }
+.head td { font-weight: 600; border-top: 2px solid #999; } small { color: #666; }
 code { overflow-wrap: anywhere; } img { width: 100%; height: auto; }
 .holds { color: #00664b; } .does { color: #a33f00; } .undecided, .not { color: #555; }
 """
@@ -379,7 +380,7 @@ def as_html(title, intro, judged, filled, figures, out):
         columns, rows = table_rows(table)
         body += [f"<h2>{html.escape(name)}</h2><table>", row(["", *columns], "th")]
         for first, *cells in rows:
-            body.append(row([html.escape(first)] + [cell.replace(" ± ", "<br><small>± ") + "</small>" * bool(cell)
+            body.append(row([html.escape(first)] + [cell.replace(" ± ", "<br><small>±&nbsp;") + "</small>" * bool(cell)
                                                     for cell in cells]))
         body.append("</table>")
     for name, file in figures.items():
