@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from data import load_task, tiny, training_batches
 from lpft import (accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
-                  fit_temperature, matthews, predict, set_head)
+                  fit_temperature, load_batches, matthews, predict, set_head, train_epoch)
 from linear_probe import stratified_folds
 from model import Classifier, add_lora, load_pretrained
 
@@ -328,3 +328,41 @@ def test_feature_statistics_against_their_definitions():
     within = sum(np.cov(x[y == c].T, bias=True) * 10 for c in range(3))
     total = np.cov(x.T, bias=True) * 30  # S_total = S_between + S_within
     assert found["fdr"] == pytest.approx(np.trace(total - within) / np.trace(within))
+
+
+# ------------------------------------------------------------------------------------ CUDA
+
+
+@pytest.mark.cuda
+def test_features_on_cuda_are_those_of_the_cpu(model, small_task):
+    on_cpu, _ = predict(model, small_task.splits["val"])
+    on_cuda, _ = predict(model.cuda(), small_task.splits["val"])
+    assert (on_cuda - on_cpu).norm() < 1e-4 * on_cpu.norm()
+
+
+@pytest.mark.cuda
+def test_lp_from_features_on_cuda_is_lp_from_the_same_on_the_cpu():
+    x, y = samples(150, 20, 3)
+    on_cpu, on_cuda = fit_linear_probe(x, y, 3), fit_linear_probe(x.cuda(), y.cuda(), 3)
+    assert on_cuda.inverse_l2 == on_cpu.inverse_l2
+    assert (on_cuda.weight - on_cpu.weight).norm() < 1e-6 * on_cpu.weight.norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_step_on_cuda_waits_for_nothing(model, small_task, lora):
+    """PyTorch raises where the host would wait for the GPU; copies come from pinned memory."""
+    if lora:
+        add_lora(model.encoder)
+    model, train = model.cuda(), small_task.splits["train"]
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    at = {"epoch": 1, "step": 0, "totals": torch.zeros(3, device="cuda")}
+    batches = list(load_batches(train, [range(8), range(8, 16)], 0, torch.device("cuda")))
+    train_epoch(model, batches[:1], optimizer, schedule, at, lambda: None)  # whatever is set up once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_epoch(model, batches[1:], optimizer, schedule, at, lambda: None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert at["step"] == 2 and at["totals"][2] == 2
