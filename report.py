@@ -281,11 +281,11 @@ def write_report(out):
     intro = [
         f"Made by `{command.read_text(encoding='utf-8').strip()}`." if command.is_file() else "",
         "Mean ± standard deviation over seeds; intervals are 95 % of the mean paired difference over seeds "
-        "(Student's t). Seeds vary head, dropout, order and the samples of the kernel, and with --max-train the training "
-        "samples: an interval says nothing about other data or another encoder. Every number and the files behind "
+        "(Student's t). Seeds vary head, dropout, order and the samples of the kernel, and with --max-train the "
+        "training samples: an interval says nothing about other data or another encoder. Every number and the files behind "
         "it: `tables.json`.",
         "Learning rate (batch size, epochs): " + ", ".join(f"{name} {rate}" for name, rate in used.items()) + ". "
-        + ("Rates were chosen by the mean validation score over tuning seeds of their own, which are in the last table. "
+        + ("Rates were chosen by the mean validation score over tuning seeds of their own, in the last table. "
            if tuning else "") + "Behind each number and verdict are runs of train.py, each with the flags in "
         "`runs/NAME/flags.json`."]
     figures = make_figures(out, results, seeds)

@@ -169,7 +169,7 @@ def main(argv=None):
     command = " ".join(["python reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "runs").is_dir():
-            raise ValueError(f"--out {args.out}: holds something else; expected a new folder or that of an earlier call")
+            raise ValueError(f"--out {args.out}: holds something else; expected a new folder or an earlier one")
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
         lock = lock_folder(args.out)  # noqa: F841  held until the process ends
         (args.out / "command.txt").write_text(command + "\n", encoding="utf-8")

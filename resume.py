@@ -153,8 +153,8 @@ def unbroken():
     finally:
         for name, handler in zip(names, before):
             signal.signal(name, handler or signal.SIG_DFL)
-    for number in arrived[:1]:
-        signal.raise_signal(number)  # to whoever was to get it
+    for number in dict.fromkeys(arrived):  # to whoever was to get it; one that is ignored hides no other
+        signal.raise_signal(number)
 
 
 class StateFile:

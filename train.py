@@ -172,7 +172,8 @@ def check_flags(parser, args):
                      "use --method ft or lpft")
     if args.ntk is not None and not 1 <= args.ntk <= 250:
         parser.error(f"--ntk is {args.ntk}; expected 1 to 250")
-    for flags, wrong, why in ((stage | {"--ntk": args.ntk} | {flag: value for flag, (value, _) in loop.items()}, args.method == "lp", "--method lp has no FT stage"),
+    of_ft = stage | {"--ntk": args.ntk} | {flag: value for flag, (value, _) in loop.items()}
+    for flags, wrong, why in ((of_ft, args.method == "lp", "--method lp has no FT stage"),
                               (lora, not args.lora, "it needs --lora"),
                               ({"--ntk-memory": args.ntk_memory}, args.ntk is None, "it needs --ntk"),
                               (probe, args.method == "ft", "--method ft does no linear probing")):

@@ -217,6 +217,17 @@ def test_ctrl_c_and_sigterm_wait_for_the_end_of_the_step(name):
         signal.signal(name, before)
 
 
+def test_a_signal_that_is_ignored_hides_no_other():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with resume.unbroken():
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_saving_inside_an_epoch_waits_for_its_time_and_thirty_times_what_it_costs(tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
