@@ -44,7 +44,7 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
 
     Raises ValueError for a class with fewer samples than folds, or features that are not finite.
     """
-    if scoring not in ("accuracy", "log-loss"):
+    if inverse_l2 is None and scoring not in ("accuracy", "log-loss"):
         raise ValueError(f"linear probing: scoring is {scoring!r}; expected accuracy or log-loss")
     x, labels = features.detach().cpu().double(), labels.cpu()  # (N, h), (N,)
     if not torch.isfinite(x).all():

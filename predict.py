@@ -44,7 +44,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                         help="auto takes cuda, else mps, else cpu (default: %(default)s)")
     parser.error = lambda message: parser.exit(2, f"predict.py: error: {message}\n")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # flags between RUN_DIR and FILE, too
     if args.batch_size < 1:
         parser.error(f"--batch-size is {args.batch_size}; expected 1 or more")
     return args

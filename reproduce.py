@@ -143,7 +143,9 @@ def run_all(args, runs):
             status = process.wait()
             running.discard(process)
         if status:
-            raise RuntimeError(f"{name} ended with status {status}; its last words are in {log.name}")
+            words = Path(log.name).read_text(encoding="utf-8", errors="replace").split() or ["none"]
+            raise RuntimeError(f"{name} ended with status {status}; its last words are in {log.name}: "
+                               f"... {' '.join(words[-40:])}")
         write_text(partial / "flags.json", json.dumps(runs[name]) + "\n")
         partial.rename(folder)
         begun.unlink()

@@ -188,7 +188,7 @@ def check_flags(parser, args):
                                "--ntk-memory": args.ntk_memory}
     for flag, value in positive.items():
         if value is not None and not 0 < value < 1e15:
-            parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0")
+            parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0, below 1e15")
     if args.max_length < 8:
         parser.error(f"--max-length is {args.max_length}; expected 8 or more")
     for flag, (value, most) in loop.items():

@@ -15,7 +15,7 @@ FLAGS = [
     ("--method sft", "argument --method: invalid choice: 'sft'"),
     ("--method lp --lora", "--method lp trains only the head"),
     ("--lora-r 4", "--lora-r has no effect: it needs --lora"),
-    ("--lora --lora-r 0", "--lora-r is 0; expected a number above 0"),
+    ("--lora --lora-r 0", "--lora-r is 0; expected a number above 0, below 1e15"),
     ("--lora --lora-r 65", "--lora-r 65: more than the width 64"),
     ("--lora --lora-r 2.5", "argument --lora-r: invalid int value: '2.5'"),
     ("--lora --lora-alpha -1", "--lora-alpha is -1.0"),

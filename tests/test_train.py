@@ -262,6 +262,13 @@ def test_the_command_needs_only_the_four_packages(random_folder, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_strength_of_lp_may_be_fixed(random_folder, tmp_path):
+    """No cross-validation then, so two samples of a class are enough."""
+    assert train.main(["--model", str(random_folder), "--method", "lp", "--lp-inverse-l2", "0.5", "--max-train", "12",
+                       "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["lp"]["inverse_l2"] == 0.5
+
+
 def test_help_teaches_every_flag(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
