@@ -131,7 +131,6 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=
         if state and state.due():
             save()
 
-    done = max(at["epoch"] - 1, 0) * steps_per_epoch + at["step"]
     def all_epochs(bar):
         while at["epoch"] <= epochs:
             if at["epoch"] == 0:  # the start, measured without dropout
@@ -164,6 +163,7 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=
             if state:
                 save()
 
+    done = max(at["epoch"] - 1, 0) * steps_per_epoch + at["step"]
     try:
         with tqdm(total=steps, initial=done, desc="fine-tuning", unit="step", mininterval=1.0) as bar:
             try:
