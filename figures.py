@@ -147,7 +147,8 @@ def load_runs(out, results, seed):
         model, tokenizer, settings = load_classifier(out / "runs" / f"{name}-seed{seed}")
         if task is None:
             config = json.loads((out / "runs" / f"{name}-seed{seed}" / "config.json").read_text(encoding="utf-8"))
-            task = load_task(config["data"], tokenizer, config["max_length"], config.get("data_dir"))
+            task = load_task(config["data"], tokenizer, config["max_length"], config.get("data_dir"),
+                             max_test=config.get("max_test"))
             split = task.splits[task.test_names[0]]
         found[name] = (*predict(model, split), settings["temperature"], model.head.weight.detach())
     return found, split.labels, task.labels

@@ -36,12 +36,14 @@ RATE_FACTORS = (1 / 3, 1, 3)  # of train.py's learning rate
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Regenerate the paper's tables and judge its claims.")
-    parser.add_argument("--data", default="tiny", help="as in train.py (default: %(default)s)")
-    parser.add_argument("--data-dir", type=Path, help="as in train.py")
-    parser.add_argument("--model", default="tiny", help="as in train.py (default: %(default)s)")
-    parser.add_argument("--max-train", type=int, metavar="N", help="as in train.py")
-    parser.add_argument("--max-length", type=int, metavar="L", help="as in train.py")
-    parser.add_argument("--epochs", type=int, metavar="N", help="as in train.py")
+    handed = parser.add_argument_group("handed to train.py, whose --help says more")
+    handed.add_argument("--data", default="tiny", help="a task by name, or a folder (default: %(default)s)")
+    handed.add_argument("--data-dir", type=Path, help="where the paper's data sets lie")
+    handed.add_argument("--model", default="tiny", help="tiny, a folder, or a name on the hub (default: %(default)s)")
+    handed.add_argument("--max-train", type=int, metavar="N", help="training samples, drawn by seed (default: all)")
+    handed.add_argument("--max-test", type=int, metavar="N", help="samples of each test split (default: all)")
+    handed.add_argument("--max-length", type=int, metavar="L", help="tokens at which texts are cut (default: 128)")
+    handed.add_argument("--epochs", type=int, metavar="N", help="of the FT stage (default: 10)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs with seeds 1 to N (default: 5)")
     parser.add_argument("--ntk", type=int, default=100, metavar="N", help="samples of the kernel (default: 100)")
     parser.add_argument("--no-tuning", action="store_true", help="keep train.py's learning rates")
@@ -52,8 +54,9 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, help="folder of everything (default: reproduction/DATA-MODEL)")
     parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
     args = parser.parse_args(argv)
-    for flag, value, least in (("--seeds", args.seeds, 2), ("--jobs", args.jobs, 1), ("--ntk", args.ntk, 1)):
-        if value < least:
+    for flag, value, least in (("--seeds", args.seeds, 2), ("--jobs", args.jobs, 1), ("--ntk", args.ntk, 1),
+                               ("--max-test", args.max_test, 1)):
+        if value is not None and value < least:
             parser.error(f"{flag} is {value}; expected {least} or more")
     args.out = args.out or Path("reproduction") / f"{Path(args.data).name}-{Path(args.model).name}"
     return args
@@ -66,7 +69,7 @@ def common_flags(args, name, seed):
     """The flags of train.py of one run of a method."""
     method, lora = METHODS[name]
     flags = ["--method", method, *["--lora"] * lora, "--data", args.data, "--model", args.model, "--seed", str(seed)]
-    for flag in ("data_dir", "max_train", "max_length"):
+    for flag in ("data_dir", "max_train", "max_test", "max_length"):
         if getattr(args, flag) is not None:
             flags += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
     if args.epochs is not None and method != "lp":
@@ -79,13 +82,14 @@ def default_rate(args, name):
 
 
 def tuning_runs(args):
-    """{name: flags}: every method with an FT stage, rate and tuning seed."""
+    """{name: flags}: every method with an FT stage, rate and tuning seed, test and OOD splits left alone."""
     runs = {}
     for name in METHODS:
         for factor in RATE_FACTORS if name != "LP" else ():
             rate = default_rate(args, name) * factor
             for seed in TUNING_SEEDS:
-                runs[f"tune-{name}={rate:.1e}-seed{seed}"] = [*common_flags(args, name, seed), "--lr", f"{rate:.1e}"]
+                flags = [*common_flags(args, name, seed), "--lr", f"{rate:.1e}", "--max-test", "0"]
+                runs[f"tune-{name}={rate:.1e}-seed{seed}"] = flags
     return runs
 
 
@@ -155,9 +159,9 @@ def run_all(args, runs):
         try:
             for count, name in enumerate(pool.map(run, todo), 1):
                 result = json.loads((args.out / "runs" / name / "result.json").read_text(encoding="utf-8"))
-                score = ", ".join(f"{split} {x:.3f}" for split, x in result[result["metric"]].items())
-                print(f"[{count}/{len(todo)}, {time.monotonic() - started:.0f} s] {name}: val "
-                      f"{result['val_' + result['metric']]:.3f}, {score}", flush=True)
+                scores = {"val": result["val_" + result["metric"]]} | result[result["metric"]]
+                print(f"[{count}/{len(todo)}, {time.monotonic() - started:.0f} s] {name}: "
+                      + ", ".join(f"{split} {score:.3f}" for split, score in scores.items()), flush=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):  # they save their state

@@ -100,6 +100,9 @@ def parse_args(argv=None):
     data.add_argument("--max-length", type=int, default=128, metavar="L",
                       help="cut texts to this many tokens (default: %(default)s)")
     data.add_argument("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
+    data.add_argument("--max-test", type=int, metavar="N",
+                      help="keep N samples of test and of each OOD split, for every seed the same; 0 leaves them "
+                           "alone, as when hyper-parameters are chosen")
     stage = parser.add_argument_group("FT stage (defaults depend on method, model and data, and are printed)")
     stage.add_argument("--epochs", type=int, metavar="N",
                        help="the best on validation is kept (default: 10)")
@@ -189,6 +192,8 @@ def check_flags(parser, args):
     for flag, value in positive.items():
         if value is not None and not 0 < value < 1e15:
             parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0, below 1e15")
+    if args.max_test is not None and args.max_test < 0:
+        parser.error(f"--max-test is {args.max_test}; expected 0 or more")
     if args.max_length < 8:
         parser.error(f"--max-length is {args.max_length}; expected 8 or more")
     for flag, (value, most) in loop.items():
@@ -357,7 +362,8 @@ def load_train_measure(args, device, why, state):
     if args.max_length > encoder.config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
                          f"{encoder.config.max_length} tokens at most")
-    task = load_task(rows, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed)
+    task = load_task(rows, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed,
+                     max_test=args.max_test)
     refuse_what_does_not_fit(args, task, tokenizer, encoder.config)
     ntk_samples = pick_ntk_samples(args, task) if args.ntk else None
     refuse_other_start(args, task, encoder, state)
@@ -609,7 +615,7 @@ def print_table(args, result):
     if result["temperature"] > 1000:
         print("T is so large because on validation the logits are worse than chance")
     if not result["accuracy"]:
-        print("no test or ood_NAME file: only validation accuracy is known")
+        print("no test split: only validation accuracy is known")
     print(f"\nECE/T, MCE/T: after dividing logits by T = {result['temperature']:.4g}, fitted on "
           f"validation. Features: against the pre-trained encoder.\n"
           f"Head norm {result['head_norm_initial']:.3f} -> {result['head_norm']:.3f}.  "

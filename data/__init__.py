@@ -173,22 +173,26 @@ def read_labels(source, labels, pairs):
     return np.asarray(found, np.int64), pairs
 
 
-def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0):
+def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0, max_test=None):
     """A Task by name (tiny, tiny-plain, or one of corpora.CORPORA below data_dir), or of a folder.
 
-    max_train keeps that many training samples, drawn with `seed`, in their original order. Instead of a
-    name, Rows that read_task has checked. Raises ValueError or FileNotFoundError that names the file,
-    the line and what was expected.
+    max_train keeps that many training samples, drawn with `seed`, in their original order; max_test as many
+    of test and of each OOD split, the same for every seed, and with 0 the task has neither. Instead of a name,
+    Rows that read_task has checked. Raises ValueError or FileNotFoundError that names the file, the line and
+    what was expected.
     """
     rows = name_or_directory
     if not isinstance(rows, Rows):
         rows = read_task(name_or_directory, data_dir)
     splits, names = dict(rows.splits), list(rows.labels.values())
-    source, train = splits["train"]
-    if max_train is not None and max_train < len(train):
-        generator = torch.Generator().manual_seed(seed)
-        train = train[torch.randperm(len(train), generator=generator)[:max_train].sort().values.numpy()]
-        splits["train"] = source, train
+    for name, (source, wanted) in rows.splits.items():
+        if name == "train":
+            splits[name] = source, draw(wanted, max_train, seed)
+        elif name != "val":
+            splits[name] = source, draw(wanted, max_test, 0)
+            if max_test == 0:
+                del splits[name]
+    train = splits["train"][1]
     missing = set(range(len(names))) - set(rows.indices["train"][train].tolist())
     if missing:
         raise ValueError(f"{rows.name}: the {len(train)} training samples have no "
@@ -197,6 +201,14 @@ def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_t
     encoded = {name: encode(tokenizer, pick(source, wanted, index), max_length)
                for name, (source, wanted) in splits.items()}
     return Task(encoded, names, rows.metric, rows.pairs)
+
+
+def draw(wanted, most, seed):
+    """At most that many of the row numbers, drawn with `seed`, in their order; all of them if None."""
+    if most is None or most >= len(wanted):
+        return wanted
+    generator = torch.Generator().manual_seed(seed)
+    return wanted[torch.randperm(len(wanted), generator=generator)[:most].sort().values.numpy()]
 
 
 def pick(source, wanted, index):

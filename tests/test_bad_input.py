@@ -56,6 +56,7 @@ FLAGS = [
     ("--max-length 7", "--max-length is 7; expected 8 or more"),
     ("--max-length 129", "has positions for 128 tokens at most"),
     ("--max-train 0", "--max-train is 0"),
+    ("--max-test -1", "--max-test is -1"),
     ("--max-train 1", "every class needs samples there"),
     ("--max-train 12", "5-fold cross-validation needs 5 training samples of each class"),
     ("--data-dir here", "--data-dir has no effect: --data is tiny"),

@@ -143,6 +143,19 @@ def test_max_train_keeps_a_seeded_sample_in_the_original_order(tmp_path, tokeniz
     assert len(kept(0)) == 8 and kept(0) == sorted(kept(0)) and kept(0) == kept(0) != kept(1)
 
 
+def test_max_test_keeps_the_same_rows_of_each_test_for_every_seed(tmp_path, tokenizer):
+    """0 takes the test splits away: what chooses hyper-parameters cannot see them."""
+    rows = [{"text": f"{word}", "label": i % 2} for i, word in enumerate(tiny.vocabulary()[0][-40:])]
+    for name in ("train", "val", "test", "ood_forum"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    kept = [load_task(tmp_path, tokenizer, max_test=8, seed=seed).splits for seed in (0, 1)]
+    assert {name: len(split) for name, split in kept[0].items()} == {"train": 40, "val": 40, "test": 8, "forum": 8}
+    for name in ("test", "forum"):
+        first, second = ([example["input_ids"][1] for example in splits[name]] for splits in kept)
+        assert first == second == sorted(first)
+    assert load_task(tmp_path, tokenizer, max_test=0).test_names == []
+
+
 def test_cb_and_rte_in_their_original_layout(superglue, minilm):
     """SuperGLUE's val.jsonl is the test set; validation is the last tenth of train."""
     _, tokenizer = load_pretrained(minilm)

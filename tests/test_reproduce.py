@@ -172,6 +172,9 @@ def test_learning_rates_are_chosen_on_validation_alone():
     args = reproduce.parse_args(["--seeds", "9"])
     assert all(run.split("-seed")[1] in ("101", "102") for run in reproduce.tuning_runs(args))
     assert len(reproduce.tuning_runs(args)) == 4 * 3 * 2
+    args.max_test = 100  # of the tables; tuning measures nothing on a test split
+    assert all(train.parse_args(flags).max_test == 0 for flags in reproduce.tuning_runs(args).values())
+    assert all(train.parse_args(flags).max_test == 100 for flags in reproduce.main_runs(args, {}).values())
 
 
 def test_the_report_is_one_file_with_every_figure(folder, written):
