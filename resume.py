@@ -6,6 +6,8 @@
     random_state, set_random_state
     unbroken                   Ctrl-C waits for the end of a step
     StateFile                  the state of a run, replaced whole, not more often than is cheap
+    claim_folders, release_folders   --out and --export, new or as an interrupted run left them
+    memory_advice, status_of   what is said where memory or disk runs out
 
 Apart from `train.py` because pre-training, training and reproduce.py all use it.
 """
@@ -24,6 +26,7 @@ import torch
 from filelock import FileLock, Timeout  # PyTorch needs it too
 
 LOCK = "lock"  # name of the lock file in a folder
+UNFINISHED = "unfinished-run"  # a file in --export until it is whole, with the path of --out
 VERSION = 1  # of what states hold; higher when an older state cannot be gone on with
 
 
@@ -187,6 +190,85 @@ class StateFile:
 
     def due(self):
         return time.monotonic() >= self.not_before
+
+
+# ---------------------------------------------------------------------------- the folders of a run
+
+
+def claim_folders(args):
+    """Create --out, or runs/DATA-MODEL-METHOD-seedS with a number behind it, and --export; lock --out.
+
+    Returns (lock, folders that were not there before). A resumed run has its folders.
+    """
+    if args.resume:
+        lock, marker = lock_folder(args.out), args.export and args.export / UNFINISHED
+        if marker and any(args.export.glob("*")) and not (
+                marker.is_file() and marker.read_text(encoding="utf-8") == str(args.out.resolve())):
+            raise ValueError(f"--export {args.export}: holds something that is not of this run")
+        return lock, []
+    made = []
+    if args.out is None:
+        name = "-".join([Path(args.data).name, Path(args.model).name, args.method]
+                        + ["lora"] * args.lora + [f"seed{args.seed}"])
+        args.out, number = Path("runs") / name, 1
+        while args.out.exists():
+            number += 1
+            args.out = Path("runs") / f"{name}-{number}"
+    if args.export and args.export.resolve() == args.out.resolve():
+        raise ValueError(f"--export {args.export}: is also --out; expected another folder")
+    for flag, folder in (("--export", args.export), ("--out", args.out)):
+        if folder and folder.is_file():
+            raise ValueError(f"{flag} {folder}: is a file already; expected a new or empty folder")
+        if folder and folder.is_dir() and any(path.name not in (LOCK, "config.json.tmp") for path in folder.iterdir()):
+            unfinished = folder == args.out and not (folder / "result.json").is_file()
+            raise ValueError(f"{flag} {folder}: holds something already; expected a new or empty folder"
+                             + f", or --resume {folder}" * (unfinished and (folder / "config.json").is_file()))
+    for folder in filter(None, (args.out, args.export)):
+        if not folder.exists():
+            made.append(folder)
+            folder.mkdir(parents=True)
+    lock = lock_folder(args.out)
+    if (args.out / "config.json").exists():  # of two commands that found it empty, one was first
+        raise ValueError(f"--out {args.out}: holds something already; expected a new or empty folder")
+    if args.export:
+        with open(args.export / UNFINISHED, "x", encoding="utf-8") as file:
+            file.write(str(args.out.resolve()))
+    return lock, made
+
+
+def release_folders(args, lock, made):
+    """After a failure before anything was saved, leave nothing that blocks the corrected command."""
+    lock.release()
+    for name in (LOCK, "config.json", "metrics.jsonl", "ntk.npz"):
+        (args.out / name).unlink(missing_ok=True)
+    if args.export:
+        (args.export / UNFINISHED).unlink(missing_ok=True)
+    for folder in made:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+# ---------------------------------------------------------------------------- what the machine lacks
+
+
+class OutOfMemory(MemoryError):
+    """Its message says what to lower."""
+
+
+@contextmanager
+def memory_advice(advice):
+    """Where memory runs out, OutOfMemory with what to lower; advice from further inside is better and stays."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
+        if "DataLoader worker" in str(error):
+            raise OutOfMemory("a process of --num-workers was ended, perhaps for want of memory; lower it") from None
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        raise OutOfMemory(f"out of memory; lower {advice}") from None
 
 
 def status_of(error):

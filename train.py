@@ -22,7 +22,6 @@ import platform
 import shlex
 import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +39,8 @@ from linear_probe import LinearProbe
 from lpft import (METRICS, NotFinite, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
                   fit_temperature, predict, set_head)
 from model import Classifier, add_lora, count_parameters, load_pretrained
-from resume import LOCK, StateFile, lock_folder, status_of, write_whole
+from resume import UNFINISHED, StateFile, claim_folders, memory_advice, release_folders, status_of, write_whole
 
-UNFINISHED = "unfinished-run"  # a file in --export until it is whole, with the path of --out
 STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA)
 # (batch size, learning rate) of the FT stage by task. For tiny and tiny-plain chosen on validation
 # accuracy (README), for the paper's data sets those of the authors for RoBERTa-base, for a folder the
@@ -244,59 +242,6 @@ def choose_device(name):
     return torch.device(name), why
 
 
-def claim_folders(args):
-    """Create --out, or runs/DATA-MODEL-METHOD-seedS with a number behind it, and --export; lock --out.
-
-    Returns (lock, folders that were not there before). A resumed run has its folders.
-    """
-    if args.resume:
-        lock, marker = lock_folder(args.out), args.export and args.export / UNFINISHED
-        if marker and any(args.export.glob("*")) and not (
-                marker.is_file() and marker.read_text(encoding="utf-8") == str(args.out.resolve())):
-            raise ValueError(f"--export {args.export}: holds something that is not of this run")
-        return lock, []
-    made = []
-    if args.out is None:
-        name = "-".join([Path(args.data).name, Path(args.model).name, args.method]
-                        + ["lora"] * args.lora + [f"seed{args.seed}"])
-        args.out, number = Path("runs") / name, 1
-        while args.out.exists():
-            number += 1
-            args.out = Path("runs") / f"{name}-{number}"
-    if args.export and args.export.resolve() == args.out.resolve():
-        raise ValueError(f"--export {args.export}: is also --out; expected another folder")
-    for flag, folder in (("--export", args.export), ("--out", args.out)):
-        if folder and folder.is_file():
-            raise ValueError(f"{flag} {folder}: is a file already; expected a new or empty folder")
-        if folder and folder.is_dir() and any(path.name not in (LOCK, "config.json.tmp") for path in folder.iterdir()):
-            unfinished = folder == args.out and not (folder / "result.json").is_file()
-            raise ValueError(f"{flag} {folder}: holds something already; expected a new or empty folder"
-                             + f", or --resume {folder}" * (unfinished and (folder / "config.json").is_file()))
-    for folder in filter(None, (args.out, args.export)):
-        if not folder.exists():
-            made.append(folder)
-            folder.mkdir(parents=True)
-    lock = lock_folder(args.out)
-    if (args.out / "config.json").exists():  # of two commands that found it empty, one was first
-        raise ValueError(f"--out {args.out}: holds something already; expected a new or empty folder")
-    if args.export:
-        with open(args.export / UNFINISHED, "x", encoding="utf-8") as file:
-            file.write(str(args.out.resolve()))
-    return lock, made
-
-
-def release_folders(args, lock, made):
-    """After a failure before anything was saved, leave nothing that blocks the corrected command."""
-    lock.release()
-    for name in (LOCK, "config.json", "metrics.jsonl", "ntk.npz"):
-        (args.out / name).unlink(missing_ok=True)
-    if args.export:
-        (args.export / UNFINISHED).unlink(missing_ok=True)
-    for folder in made:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-
-
 # ---------------------------------------------------------------------------- one run
 
 
@@ -338,20 +283,6 @@ def configuration(args):
     """The flags, defaults filled in, as values that JSON has."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
             if value is not None and name not in ("resume", "threads")}
-
-
-@contextmanager
-def memory_advice(advice):
-    """Where memory runs out, MemoryError with what to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
-        if "DataLoader worker" in str(error):
-            raise MemoryError("a process of --num-workers was ended, perhaps for want of memory; lower it") from None
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full or "lower" in str(error):  # advice from further inside is better
-            raise
-        raise MemoryError(f"out of memory; lower {advice}") from None
 
 
 def load_train_measure(args, device, why, state):

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,8 +76,9 @@ def download(name, data_dir, sources=SOURCES):
         raise ValueError(f"{name}: its publishers give no address that a program can fetch; {corpus.by_hand}; put "
                          f"these into {folder}")
     source = sources[name]
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
+    with removed_if_empty(made), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
         fetched = {split: fetch(url, Path(temporary) / (split or "archive"), (source.sha256 or {}).get(split))
                    for split, url in source.urls.items() if split in ("", *absent)}
         if "" in fetched:
@@ -94,6 +96,17 @@ def download(name, data_dir, sources=SOURCES):
             (folder / absent[split]).parent.mkdir(parents=True, exist_ok=True)
             path.replace(folder / absent[split])
     print(f"{name}: {', '.join(absent.values())} in {folder}")
+
+
+@contextmanager
+def removed_if_empty(folders):
+    """Of what was made for a file that then did not come, nothing stays."""
+    try:
+        yield
+    finally:
+        for path in folders:
+            if not any(path.iterdir()):
+                path.rmdir()
 
 
 def fetch(url, path, sha256=None):

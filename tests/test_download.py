@@ -97,8 +97,8 @@ def test_a_cut_or_wrong_transfer_leaves_nothing(server, tmp_path, content, exces
     if content is not None:
         files["/CB.zip"], excesses["/CB.zip"] = content, excess
     with pytest.raises((ValueError, OSError), match=message):
-        download("cb", tmp_path, cb(base))
-    assert not left(tmp_path)
+        download("cb", tmp_path / "new" / "folder", cb(base))
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_interrupted_transfer_leaves_nothing(server, tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_an_interrupted_transfer_leaves_nothing(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download_file, "tqdm", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         download("cb", tmp_path, cb(base))
-    assert not left(tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_sha256_of_a_file_is_compared(server, tmp_path):

@@ -14,6 +14,7 @@ import transformers
 from peft import PeftModel
 
 import predict
+import resume
 import train
 from data import encode, tiny
 from export import load_classifier
@@ -223,10 +224,10 @@ def test_a_refused_command_leaves_every_file_that_was_there(random_folder, tmp_p
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     args = train.parse_args(["--out", str(tmp_path / "run")])
-    lock, made = train.claim_folders(args)
+    lock, made = resume.claim_folders(args)
     assert train.main(["--model", str(random_folder), "--out", str(tmp_path / "run")]) == 2
     assert (tmp_path / "run" / "lock").exists() and made == [tmp_path / "run"]
-    train.release_folders(args, lock, made)
+    resume.release_folders(args, lock, made)
     assert not (tmp_path / "run").exists()
 
 

@@ -392,10 +392,10 @@ def test_an_export_of_another_run_is_not_overwritten(unfinished, random_folder, 
     export.mkdir()
     (export / "config.json").write_text("precious")
     assert "not of this run" in refusal(["--resume", run], capsys)
-    (export / train.UNFINISHED).write_text(str(tmp_path / "another"))
+    (export / resume.UNFINISHED).write_text(str(tmp_path / "another"))
     assert "not of this run" in refusal(["--resume", run], capsys)
     flags = ["--model", random_folder, "--method", "lp", "--out", tmp_path / "new", "--export", tmp_path / "own"]
-    assert train.main([*map(str, flags)]) == 0 and not (tmp_path / "own" / train.UNFINISHED).exists()
+    assert train.main([*map(str, flags)]) == 0 and not (tmp_path / "own" / resume.UNFINISHED).exists()
 
 
 @pytest.mark.parametrize("change, said", [
