@@ -24,11 +24,10 @@ from checkpoint import read_json
 from data import load_task
 from export import load_classifier
 from lpft import predict
-from report import METHODS, SCALES, complete_seeds, read_results
+from report import METHODS, complete_seeds, read_results, scale_names
 
 COLOURS = {"pre-trained": "#555555", "LP": "#E69F00", "FT": "#0072B2", "LoRA": "#56B4E9", "LP-FT": "#D55E00",
            "LP-LoRA": "#CC79A7"}
-SCALED_RUNS = [*METHODS] + [f"{name}-scale{scale}" for name in ("FT", "LP-FT") for scale in SCALES if scale != 1]
 CLASS_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.3, "legend.frameon": False, "figure.constrained_layout.use": True, "lines.linewidth": 2,
@@ -122,18 +121,24 @@ def trace_norms(out, results, seeds):
     return figure
 
 
+def scaled_seeds(results):
+    """The seeds with every method and every factor on the head; none where there is but the factor 1."""
+    runs = [run for names in scale_names(results).values() for run in names.values()]
+    return complete_seeds(results, {*METHODS, *runs}) if len(runs) > 2 else []
+
+
 def head_scales(out, results, seeds):
     """Fig. 3, 10, 11: feature change against the factor on the starting head, with standard errors."""
-    seeds = complete_seeds(results, SCALED_RUNS)
+    scales, seeds = scale_names(results), scaled_seeds(results)
     splits = list(results[f"LP-seed{seeds[0]}"]["accuracy"])
     groups = [("test", splits[:1])] + ([("out of distribution", splits[1:])] if splits[1:] else [])
     figure, axes = panels(len(groups))
     for axis, (title, group) in zip(axes, groups):
         for name in ("FT", "LP-FT"):
-            runs = [of_seeds(results, name if scale == 1 else f"{name}-scale{scale}", seeds) for scale in SCALES]
+            runs = [of_seeds(results, names[name], seeds) for names in scales.values()]
             diffs = np.array([[statistics.mean(r["features"][split]["diff"] for split in group) for r in of_scale]
                               for of_scale in runs])  # (scales, seeds)
-            axis.errorbar(SCALES, diffs.mean(1), diffs.std(1, ddof=1) / len(seeds) ** 0.5, color=COLOURS[name],
+            axis.errorbar(list(scales), diffs.mean(1), diffs.std(1, ddof=1) / len(seeds) ** 0.5, color=COLOURS[name],
                           label=name, marker="o", capsize=3)
         axis.set(xscale="log", xlabel="factor on the starting head", ylabel="Diff(F)", title=title, ylim=(0, None))
     axes[0].legend()
@@ -209,7 +214,7 @@ def make_all(out, results, seeds):
         f"Test features and head rows, t-SNE, seed {seeds[0]} (Fig. 5, 6)": ("features", feature_maps, (runs,)),
         f"Reliability, before and after temperature scaling, seed {seeds[0]}": ("reliability", reliability, (runs,)),
     }
-    if len(complete_seeds(results, SCALED_RUNS)) < 2:
+    if len(scaled_seeds(results)) < 2:
         del drawn["Feature change against the scale of the head (Fig. 3, 10, 11)"]
     with plt.rc_context(STYLE):
         for file, draw, more in drawn.values():

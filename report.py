@@ -23,7 +23,6 @@ import numpy as np
 
 METHODS = {"LP": ("lp", False), "FT": ("ft", False), "LoRA": ("ft", True), "LP-FT": ("lpft", False),
            "LP-LoRA": ("lpft", True)}  # (train.py's --method, --lora)
-SCALES = (0.1, 0.5, 1, 2, 5, 10, 50, 100)  # of the head, Fig. 3
 
 
 def read_results(out):
@@ -38,6 +37,13 @@ def read_results(out):
 def complete_seeds(results, runs=tuple(METHODS)):
     """The seeds of which every one of `runs` is finished."""
     return [seed for seed in range(1, 1000) if all(f"{name}-seed{seed}" in results for name in runs)]
+
+
+def scale_names(results):
+    """{factor on the starting head: {method: run name without its seed}}, of the factors that were run; with 1."""
+    factors = {run.split("-scale")[1].split("-seed")[0] for run in results if "-scale" in run} | {"1"}
+    return {float(factor): {name: name if factor == "1" else f"{name}-scale{factor}" for name in ("FT", "LP-FT")}
+            for factor in sorted(factors, key=float)}
 
 
 def tuning_scores(tuning):
@@ -153,8 +159,11 @@ def t_quantile(degrees):
     return middle
 
 
-def claims(metric, splits):
-    """[(claim, [(part, measure, margin)])]: the claim holds where measure(runs of one seed) is above margin."""
+def claims(metric, splits, scales):
+    """[(claim, [(part, measure, margin)])]: the claim holds where measure(runs of one seed) is above margin.
+
+    `scales` as scale_names makes them. A measure raises KeyError where there are no such runs.
+    """
     ood = tuple(split for split in splits if split != "test")
 
     def mean(result, keys, over):  # of the numbers under `keys`, "*" being each split of `over`
@@ -189,9 +198,10 @@ def claims(metric, splits):
 
     def fall(name):  # of Diff(F) per factor of ten of the head, by least squares
         def of_seed(of):
-            points = {scale: of[name if scale == 1 else f"{name}-scale{scale}"] for scale in SCALES}
-            diffs = [mean(result, ("features", "*", "diff"), ("test",)) for result in points.values()]
-            return -float(np.polyfit(np.log10(list(points)), diffs, 1)[0])
+            if len(scales) < 2:
+                raise KeyError("runs from scaled heads")
+            diffs = [mean(of[runs[name]], ("features", "*", "diff"), ("test",)) for runs in scales.values()]
+            return -float(np.polyfit(np.log10(list(scales)), diffs, 1)[0])
         return of_seed
 
     where = [("in distribution", ("test",)), ("out of distribution", ood)]
@@ -232,7 +242,7 @@ def claims(metric, splits):
 def judge(metric, splits, results, seeds):
     """[{claim, verdict, parts: [{part, margin, mean, lower, upper, values, seeds, verdict}]}]."""
     judged = []
-    for claim, parts in claims(metric, splits):
+    for claim, parts in claims(metric, splits, scale_names(results)):
         found = []
         for part, measure, margin in parts:
             by_seed = [{run.removesuffix(f"-seed{seed}"): result for run, result in results.items()

@@ -27,10 +27,11 @@ from pathlib import Path
 import torch
 
 import train
-from report import METHODS, SCALES, choose_rates, read_results, write_report
+from report import METHODS, choose_rates, read_results, write_report
 from resume import lock_folder, status_of, write_text
 
 TUNING_SEEDS = (101, 102)
+SCALES = (0.1, 0.5, 1, 2, 5, 10, 50, 100)  # of the head, Fig. 3
 RATE_FACTORS = (1 / 3, 1, 3)  # of train.py's learning rate
 
 
@@ -47,7 +48,9 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs with seeds 1 to N (default: 5)")
     parser.add_argument("--ntk", type=int, default=100, metavar="N", help="samples of the kernel (default: 100)")
     parser.add_argument("--no-tuning", action="store_true", help="keep train.py's learning rates")
-    parser.add_argument("--no-scales", action="store_true", help="leave out the runs from scaled heads (claim 6)")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, metavar="S",
+                        help="factors on the head that FT and LP-FT start from, of claim 6; 1 alone leaves it "
+                             f"unmeasured (default: {' '.join(f'{scale:g}' for scale in SCALES)})")
     jobs = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 2)
     parser.add_argument("--jobs", type=int, default=jobs, metavar="N",
                         help="processes side by side (default: half the processors; 1 with a GPU)")
@@ -58,6 +61,8 @@ def parse_args(argv=None):
                                ("--max-test", args.max_test, 1)):
         if value is not None and value < least:
             parser.error(f"{flag} is {value}; expected {least} or more")
+    if not all(0 < scale < 1e15 for scale in args.scales):
+        parser.error(f"--scales are {' '.join(f'{scale:g}' for scale in args.scales)}; expected numbers above 0")
     args.out = args.out or Path("reproduction") / f"{Path(args.data).name}-{Path(args.model).name}"
     return args
 
@@ -105,14 +110,14 @@ def main_runs(args, rates):
 
 
 def scale_runs(args, rates):
-    """{name: flags}: FT and LP-FT from heads times SCALES; once is among main_runs."""
+    """{name: flags}: FT and LP-FT from heads times --scales; times 1 they are among main_runs."""
     runs = {}
     for name in ("FT", "LP-FT"):
         rate = ["--lr", rates[name]] if name in rates else []
-        for scale in SCALES:
-            for seed in range(1, args.seeds + 1) if scale != 1 else ():
-                flags = [*common_flags(args, name, seed), *rate, "--head-scale", str(scale)]
-                runs[f"{name}-scale{scale}-seed{seed}"] = flags
+        for scale in sorted(set(args.scales) - {1}):
+            for seed in range(1, args.seeds + 1):
+                flags = [*common_flags(args, name, seed), *rate, "--head-scale", f"{scale:g}"]
+                runs[f"{name}-scale{scale:g}-seed{seed}"] = flags
     return runs
 
 
@@ -185,7 +190,7 @@ def main(argv=None):
             run_all(args, tuning_runs(args))
         tuned = read_results(args.out)[1]
         rates = {} if args.no_tuning else choose_rates({name: tuned[name] for name in tuning_runs(args)})
-        run_all(args, main_runs(args, rates) | ({} if args.no_scales else scale_runs(args, rates)))
+        run_all(args, main_runs(args, rates) | scale_runs(args, rates))
         write_report(args.out)
         return 0
     except (ValueError, OSError) as error:

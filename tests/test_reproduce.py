@@ -122,7 +122,7 @@ def made_up(sign):
                                              "fdr": 3 - sign * lp}
                 result["calibration"][split] = {"ece": 0.2 + 0.1 * sign * lp, "ece_scaled": 0.1 - 0.01 * sign * lp}
             results[f"{name}-seed{seed}"] = result
-            for scale in report.SCALES:
+            for scale in reproduce.SCALES:
                 moved = {"features": {"test": {"diff": 5 - sign * lp - sign * math.log10(scale) + noise}}}
                 results[f"{name}-scale{scale}-seed{seed}"] = moved
     return results
@@ -239,6 +239,9 @@ def test_scaled_runs_are_those_of_fig_3_with_the_chosen_rates():
     parsed = train.parse_args(runs["FT-scale0.1-seed2"])
     assert (parsed.head_scale, parsed.lr, parsed.seed, parsed.method) == (0.1, 7e-4, 2, "ft")
     assert train.parse_args(reproduce.main_runs(args, {"FT": "7e-4"})["FT-seed1"]).lr == 7e-4
+    assert reproduce.scale_runs(reproduce.parse_args(["--scales", "1"]), {}) == {}
+    few = reproduce.scale_runs(reproduce.parse_args(["--scales", "0.1", "1", "10"]), {})
+    assert set(report.scale_names(few)) == {0.1, 1.0, 10.0} and report.scale_names({})[1.0]["FT"] == "FT"
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
