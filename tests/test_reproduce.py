@@ -16,7 +16,7 @@ from scipy import stats
 import report
 import reproduce
 import train
-from resume import lock_folder
+from resume import lock_folder, take_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = ["--epochs", "1", "--lr", "1e-3", "--ntk", "20"]
@@ -212,6 +212,7 @@ def test_a_killed_reproduction_goes_on_and_repeats_nothing(random_folder, tmp_pa
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert first.is_dir() and not second.exists()
+    take_lock(second.with_name(second.name + ".partial") / "lock", wait=True).release()  # until its child is gone, too
     before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
     reproduce.run_all(args, runs)
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
