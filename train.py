@@ -308,7 +308,7 @@ def load_train_measure(args, device, why, state):
     if not all(torch.isfinite(features).all() for features in features_0.values()):
         raise ValueError(f"--model {args.model}: its features hold NaN or infinity; the checkpoint is damaged")
     result = {"method": args.method, "lora": args.lora, "seed": args.seed, "model": args.model,
-              "data": args.data}
+              "data": args.data, "samples": {name: len(split) for name, split in task.splits.items()}}
     start = torch.zeros_like(model.head.weight)  # V_0, where LP starts
     if args.method != "ft":
         result["lp"] = probe(args, model, task, features_0, state)
