@@ -2,42 +2,54 @@
 
     python figures.py reproduction/tiny-tiny
 
-Each function draws one; `make_all` draws those for which there are runs. Colours are Okabe and Ito's, which
-colour-blind readers tell apart, one to a method throughout (one to a class in the maps of features). Needs
-matplotlib and scikit-learn.
+Each function draws one; `make_all` draws what can be drawn and says why the rest cannot. Colours are Okabe and
+Ito's, which colour-blind readers tell apart, one to a method throughout (one to a class in the maps of features).
+Needs matplotlib and scikit-learn.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
+import zipfile
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files, no window
-import matplotlib.pyplot as plt
 import numpy as np
-from sklearn.manifold import TSNE
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")  # files, no window
+    import matplotlib.pyplot as plt
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # of scikit-learn
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"figures.py: error: {error}; pip install -r requirements-dev.txt")
 
 from checkpoint import read_json
+from claims import scale_names
 from data import load_task
 from export import load_classifier
 from lpft import predict
-from report import METHODS, complete_seeds, read_results, scale_names
+from report import METHODS, complete_seeds, read_plan, read_results
+from resume import status_of
 
 COLOURS = {"pre-trained": "#555555", "LP": "#E69F00", "FT": "#0072B2", "LoRA": "#56B4E9", "LP-FT": "#D55E00",
            "LP-LoRA": "#CC79A7"}
+MOST_NAMES = 6  # of classes beside an axis
 CLASS_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.alpha": 0.3, "legend.frameon": False, "figure.constrained_layout.use": True, "lines.linewidth": 2,
          "svg.hashsalt": "lpft"}
 
 
-def panels(count, height=3.3):
+def panels(count, height=3.1):
     """A figure of `count` axes, two side by side: wide enough to be read on a phone."""
     rows, columns = -(-count // 2), min(count, 2)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.8 * columns, height * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, height * rows), squeeze=False)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, axes.flat[:count]
@@ -57,11 +69,14 @@ def head_norms(out, results, seeds):
     """Fig. 1, 4: head norm and training accuracy along LP and along the FT stage, and the norms that are kept."""
     figure, (lp, ft, accuracy, end) = panels(4)
     norms, accuracies = zip(*metrics(out, "LP", seeds[0])[0]["path"])
-    lp.plot(norms, color=COLOURS["LP"], label="head norm")
-    lp.plot(accuracies, color=COLOURS["LP"], linestyle=":", label="training accuracy")
-    lp.set(xlabel="step of the solver", ylabel="head norm; accuracy", title=f"LP from V = 0, seed {seeds[0]}",
-           ylim=(0, None))
-    lp.legend()
+    line, = lp.plot(norms, color=COLOURS["LP"])
+    right = lp.twinx()  # accuracy has its own scale
+    dots, = right.plot(accuracies, color="#222222", linestyle=":")
+    right.set(ylabel="training accuracy", ylim=(0, 1.02))
+    right.spines["right"].set_visible(True)
+    right.grid(visible=False)
+    lp.set(xlabel="step of the solver", ylabel="head norm", title=f"LP from V = 0, seed {seeds[0]}", ylim=(0, None))
+    lp.legend([line, dots], ["head norm", "accuracy"], fontsize=9, loc="lower right")
     for name in METHODS:
         if name != "LP":
             records = [[r for r in metrics(out, name, seed) if r["stage"] == "ft"] for seed in seeds]
@@ -99,9 +114,9 @@ def spectra(out, results, seeds):
 def trace_norms(out, results, seeds):
     """Fig. 8, 9: trace norm of each C x C block over the panel's largest; lines part the classes."""
     run = out / "runs" / f"LP-FT-seed{seeds[0]}"
-    classes = [f"{name[:12]}…" if len(name) > 13 else name for name in read_json(run / "classifier.json")["labels"]]
+    classes = short(read_json(run / "classifier.json")["labels"])
     drawn = [("LP-FT", "P", "pretrain")] + [(name, "F", "ft") for name in METHODS if name != "LP"]
-    figure, axes = panels(len(drawn))
+    figure, (*axes, last) = panels(len(drawn) + 1)
     for axis, (name, label, key) in zip(axes, drawn):
         saved = np.load(out / "runs" / f"{name}-seed{seeds[0]}" / "ntk.npz")
         order = np.argsort(saved["labels"], kind="stable")
@@ -112,24 +127,31 @@ def trace_norms(out, results, seeds):
             axis.axhline(edge, color="white", linewidth=0.8)
             axis.axvline(edge, color="white", linewidth=0.8)
         middles = [np.flatnonzero(saved["labels"][order] == c).mean() for c in range(len(classes))]
-        axis.set_xticks(middles, classes, rotation=25, ha="right", rotation_mode="anchor", fontsize=9)
-        axis.set_yticks(middles, classes, fontsize=9)
+        axis.set_xticks(middles, classes, rotation=25 if len(classes) <= MOST_NAMES else 90, ha="right",
+                        rotation_mode="anchor", fontsize=9 if len(classes) <= MOST_NAMES else 6)
+        axis.set_yticks(middles, classes, fontsize=9 if len(classes) <= MOST_NAMES else 6)
         axis.tick_params(length=0)
         axis.set(title=f"{label}, {name}", xlabel="samples of class", ylabel="samples of class")
         axis.grid(visible=False)
-    figure.colorbar(image, ax=list(axes), label="trace norm / largest", shrink=0.8)
+    last.set_axis_off()
+    figure.colorbar(image, cax=last.inset_axes([0.05, 0.55, 0.9, 0.08]), orientation="horizontal",
+                    label="trace norm / largest")
     return figure
 
 
-def scaled_seeds(results):
-    """The seeds with every method and every factor on the head; none where there is but the factor 1."""
-    runs = [run for names in scale_names(results).values() for run in names.values()]
-    return complete_seeds(results, {*METHODS, *runs}) if len(runs) > 2 else []
+def short(names):
+    """Class names that fit beside an axis; their indices where there are many."""
+    if len(names) > MOST_NAMES:
+        return [str(i) for i in range(len(names))]
+    return [f"{name[:12]}…" if len(name) > 13 else name for name in names]
 
 
 def head_scales(out, results, seeds):
     """Fig. 3, 10, 11: feature change against the factor on the starting head, with standard errors."""
-    scales, seeds = scale_names(results), scaled_seeds(results)
+    scales = scale_names(results)
+    if len(scales) < 2:
+        raise ValueError("no runs from scaled heads")
+    seeds = complete_seeds(results, seeds[-1], [run for names in scales.values() for run in names.values()])
     splits = list(results[f"LP-seed{seeds[0]}"]["accuracy"])
     groups = [("test", splits[:1])] + ([("out of distribution", splits[1:])] if splits[1:] else [])
     figure, axes = panels(len(groups))
@@ -163,21 +185,27 @@ def feature_maps(out, results, seeds, runs):
     """Fig. 5, 6: t-SNE of test features (dots) with the head's rows (stars), stretched to the features' length."""
     found, labels, names = runs
     some = np.random.default_rng(0).permutation(len(labels))[:400]
-    colours = [plt.get_cmap("tab20")(c) for c in range(20)] if len(names) > len(CLASS_COLOURS) else CLASS_COLOURS
+    many = len(names) > len(CLASS_COLOURS)
+    colours = plt.get_cmap("turbo")(np.linspace(0, 1, len(names))) if many else CLASS_COLOURS
     figure, axes = panels(len(METHODS))
     for axis, (name, (features, _, _, head)) in zip(axes, found.items()):
         features = features[some]
         rows = head / head.norm(dim=1, keepdim=True).clamp(min=1e-12) * features.norm(dim=1).mean()
         points = np.concatenate([features.numpy(), rows.numpy()])
-        perplexity = min(30, len(points) // 4)
-        placed = TSNE(perplexity=perplexity, random_state=0, init="pca").fit_transform(points)
-        for c, label in enumerate(names):
-            colour, here = colours[c % len(colours)], (labels[some] == c).numpy()
+        if len(points) < 8:
+            raise ValueError(f"{len(features)} test samples are too few for t-SNE")
+        with threadpool_limits(1):  # with more, on a busy machine, threads wait for each other for minutes
+            placed = TSNE(perplexity=min(30, len(points) // 4), random_state=0, init="pca").fit_transform(points)
+        for c, label in enumerate(short(names)):
+            colour, here = colours[c], (labels[some] == c).numpy()
             axis.scatter(*placed[:len(features)][here].T, s=10, color=colour, label=label, alpha=0.7, linewidths=0)
             axis.scatter(*placed[len(features) + c], s=170, marker="*", color=colour, edgecolors="black",
                          label=f"head row of {label}")
         axis.set(title=name, xticks=[], yticks=[])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    handles, labels_of = axes[0].get_legend_handles_labels()
+    if not many:  # dots in one column, stars in the other
+        figure.legend(handles[::2] + handles[1::2], labels_of[::2] + labels_of[1::2], loc="outside lower center",
+                      ncols=2, fontsize=9)
     return figure
 
 
@@ -187,42 +215,56 @@ def reliability(out, results, seeds, runs):
     figure, axes = panels(len(METHODS))
     for axis, (name, (_, logits, temperature, _)) in zip(axes, found.items()):
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=1)
-        for scale, marker, label in ((1.0, "o", "as trained"), (temperature, "^", "with T")):
+        for scale, marker in ((1.0, "o"), (temperature, "^")):
             confidence, prediction = (logits.double() / scale).softmax(1).max(1)
             right, bins = (prediction == labels).double().numpy(), np.ceil(confidence.numpy() * 15)
             points = np.array([(confidence.numpy()[bins == b].mean(), right[bins == b].mean(), (bins == b).mean())
                                for b in np.unique(bins)])
             colour = COLOURS[name] if scale == 1.0 else "#222222"
             axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=1)
-            axis.scatter(points[:, 0], points[:, 1], 8 + 150 * points[:, 2], marker=marker, color=colour,
-                         label=label)
+            axis.scatter(points[:, 0], points[:, 1], 8 + 150 * points[:, 2], marker=marker, color=colour, clip_on=False)
         axis.set(title=f"{name}, T = {temperature:.3g}", xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02),
                  ylim=(0, 1.02))
-        axis.legend(fontsize=9)  # colours differ from panel to panel
+    marks = [plt.Line2D([], [], color=colour, marker=marker, label=label) for colour, marker, label in (
+        ("#999999", "o", "as trained, in the method's colour"), ("#222222", "^", "divided by T"))]
+    figure.legend(handles=marks, loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
-def make_all(out, results, seeds):
-    """Draw what there are runs for into out/figures; {title: file name without suffix}."""
+def make_all(out, results, most):
+    """Draw what there are runs for into out/figures.
+
+    Returns {title: file name without suffix} and a list of why others could not be drawn.
+    """
     (out / "figures").mkdir(exist_ok=True)
-    runs = load_runs(out, results, seeds[0])
-    drawn = {
-        "Head norm (Fig. 1, 4)": ("head-norm", head_norms, ()),
-        "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, ()),
-        f"Trace norms of P and F, seed {seeds[0]} (Fig. 8, 9)": ("trace-norms", trace_norms, ()),
-        "Feature change against the scale of the head (Fig. 3, 10, 11)": ("head-scale", head_scales, ()),
-        f"Test features and head rows, t-SNE, seed {seeds[0]} (Fig. 5, 6)": ("features", feature_maps, (runs,)),
-        f"Reliability, before and after temperature scaling, seed {seeds[0]}": ("reliability", reliability, (runs,)),
+    seeds = complete_seeds(results, most)
+    runs = functools.cache(lambda: load_runs(out, results, seeds[0]))
+    figures = {
+        "Head norm (Fig. 1, 4)": ("head-norm", head_norms),
+        "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra),
+        f"Trace norms of P and F, seed {seeds[0]} (Fig. 8, 9)": ("trace-norms", trace_norms),
+        "Feature change against the scale of the head (Fig. 3, 10, 11)": ("head-scale", head_scales),
+        f"Test features and head rows, t-SNE, seed {seeds[0]} (Fig. 5, 6)": (
+            "features", lambda *some: feature_maps(*some, runs())),
+        f"Reliability, before and after temperature scaling, seed {seeds[0]}": (
+            "reliability", lambda *some: reliability(*some, runs())),
     }
-    if len(scaled_seeds(results)) < 2:
-        del drawn["Feature change against the scale of the head (Fig. 3, 10, 11)"]
-    with plt.rc_context(STYLE):
-        for file, draw, more in drawn.values():
-            figure = draw(out, results, seeds, *more)
-            figure.savefig(out / "figures" / f"{file}.svg", metadata={"Date": None})
-            figure.savefig(out / "figures" / f"{file}.png", dpi=150)
-            plt.close(figure)
-    return {title: file for title, (file, *_) in drawn.items()}
+    drawn, problems = {}, []
+    for title, (file, draw) in figures.items():
+        paths = [out / "figures" / f"{file}.{kind}" for kind in ("svg", "png")]
+        try:
+            with plt.rc_context(STYLE):
+                figure = draw(out, results, seeds)
+                figure.savefig(paths[0], metadata={"Date": None})
+                figure.savefig(paths[1], dpi=150)
+            drawn[title] = file
+        except (ValueError, OSError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:  # files lost or cut
+            for path in paths:  # of other runs, perhaps
+                path.unlink(missing_ok=True)
+            problems.append(f"{title}: {error}" if str(error) else f"{title}: {type(error).__name__}")
+        finally:
+            plt.close("all")
+    return drawn, problems
 
 
 def main(argv=None):
@@ -230,16 +272,18 @@ def main(argv=None):
     parser.add_argument("folder", type=Path, help="the --out of reproduce.py")
     out = parser.parse_args(argv).folder
     try:
-        results, _ = read_results(out)
-        seeds = complete_seeds(results)
-        if len(seeds) < 2:
-            raise ValueError(f"{out}: no two seeds have a finished run of every method")
-        for title, file in make_all(out, results, seeds).items():
+        drawn, problems = make_all(out, read_results(out)[0], read_plan(out)["seeds"])
+        for title, file in drawn.items():
             print(f"{title}: {out / 'figures' / file}.svg, .png")
+        for problem in problems:
+            print(f"not drawn: {problem}")
         return 0
     except (ValueError, OSError) as error:
         print(f"figures.py: error: {error}", file=sys.stderr)
-        return 2
+        return status_of(error)
+    except KeyboardInterrupt:
+        print("\nfigures.py: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

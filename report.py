@@ -3,72 +3,94 @@
     python report.py reproduction/tiny-tiny
 
 writes into the folder report.md, report.html (one file with everything in it), tables.json (every number,
-the key it has in the result.json files, and these files) and figures/. In order: the tables (tables,
-fill_table), the paper's seven claims as paired differences over seeds (claims, judge), the report.
-Figures are made by figures.py, which needs matplotlib and scikit-learn; without them the rest comes out.
+the key it has in the result.json files, and these files) and figures/. In order: what is there
+(read_results), the tables (tables, fill_table), the report. The paper's seven claims are judged in claims.py,
+figures drawn in figures.py, which needs matplotlib and scikit-learn; without them the rest comes out.
 """
 
 import argparse
 import base64
 import html
 import json
-import math
+import shlex
 import statistics
 import sys
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 
-import numpy as np
+from checkpoint import read_json
+from claims import judge, look_up
+from resume import status_of, write_text
 
 METHODS = {"LP": ("lp", False), "FT": ("ft", False), "LoRA": ("ft", True), "LP-FT": ("lpft", False),
            "LP-LoRA": ("lpft", True)}  # (train.py's --method, --lora)
+PLAN = "plan.json"  # what reproduce.py was asked for: {command, seeds, tuning: [names], rates: {method: rate}}
+
+
+# ---------------------------------------------------------------------------- what is there
 
 
 def read_results(out):
     """{run: result.json} of the finished runs, and {tuning run: result.json}."""
-    names = sorted(path.parent.name for path in (out / "runs").glob("*/flags.json"))
-    results = {name: json.loads((out / "runs" / name / "result.json").read_text(encoding="utf-8"))
-               for name in names if not name.endswith(".partial")}
-    tuning = {name: result for name, result in results.items() if name.startswith("tune-")}
-    return {name: result for name, result in results.items() if name not in tuning}, tuning
+    found = {}
+    for path in sorted((out / "runs").glob("*/flags.json")):
+        name, path = path.parent.name, path.with_name("result.json")
+        if not name.endswith(".partial"):
+            found[name] = read_json(path)
+            metric = found[name].get("metric")
+            if not isinstance(found[name].get(metric), dict) or look_up(found[name], (f"val_{metric}",)) is None:
+                raise ValueError(f"{path}: not what train.py writes; expected a metric and its scores")
+    tuning = {name: result for name, result in found.items() if name.startswith("tune-")}
+    return {name: result for name, result in found.items() if name not in tuning}, tuning
 
 
-def complete_seeds(results, runs=tuple(METHODS)):
-    """The seeds of which every one of `runs` is finished."""
-    return [seed for seed in range(1, 1000) if all(f"{name}-seed{seed}" in results for name in runs)]
+def complete_seeds(results, most, runs=tuple(METHODS)):
+    """The seeds from 1 to `most` of which every one of `runs` is finished; ValueError if they are not two."""
+    seeds = [seed for seed in range(1, most + 1) if all(f"{name}-seed{seed}" in results for name in runs)]
+    if len(seeds) < 2:
+        raise ValueError(f"{len(seeds)} of {most} seeds have a finished run of each of {', '.join(runs)}; expected "
+                         "two or more")
+    return seeds
 
 
-def scale_names(results):
-    """{factor on the starting head: {method: run name without its seed}}, of the factors that were run; with 1."""
-    factors = {run.split("-scale")[1].split("-seed")[0] for run in results if "-scale" in run} | {"1"}
-    return {float(factor): {name: name if factor == "1" else f"{name}-scale{factor}" for name in ("FT", "LP-FT")}
-            for factor in sorted(factors, key=float)}
-
-
-def tuning_scores(tuning):
-    """{method: {learning rate: [validation scores over the tuning seeds]}}."""
-    scores = {}
-    for run, result in tuning.items():  # tune-METHOD=RATE-seedS
+def by_rate(runs):
+    """{method: {learning rate: [names]}} of the names of tuning runs, tune-METHOD=RATE-seedS."""
+    found = {}
+    for run in runs:
         method, rate = run.removeprefix("tune-").split("-seed")[0].split("=")
-        scores.setdefault(method, {}).setdefault(rate, []).append(result[f"val_{result['metric']}"])
-    return scores
+        found.setdefault(method, {}).setdefault(rate, []).append(run)
+    return found
 
 
-def choose_rates(tuning):
-    """{method: learning rate} of the highest mean validation score; of equals the smallest."""
-    return {method: max(of, key=lambda rate: (statistics.mean(of[rate]), -float(rate)))
-            for method, of in tuning_scores(tuning).items()}
+def validation_scores(tuning, runs):
+    """{run: validation score} of those of `runs` that are finished."""
+    return {run: tuning[run][f"val_{tuning[run]['metric']}"] for run in runs if run in tuning}
 
 
-def tuning_table(tuning):
-    """A table as fill_table makes: {method: {a third, once, three times the default rate: {mean, std, note}}}."""
-    chosen, table = choose_rates(tuning), {}
-    for method, by_rate in tuning_scores(tuning).items():
-        rates = sorted(by_rate, key=float)
-        table[method] = {column: {"mean": statistics.mean(by_rate[rate]), "std": statistics.stdev(by_rate[rate]),
-                                  "note": f" at {rate}" + ", chosen" * (rate == chosen[method])}
-                         for column, rate in zip(("a third of the default", "the default", "three times"), rates)}
+def choose_rates(tuning, planned):
+    """{method: learning rate} of the highest mean validation score; of equals the smallest.
+
+    Of the `planned` runs' rates those count of which every run is finished; ValueError if a method has none.
+    """
+    chosen = {}
+    for method, rates in by_rate(planned).items():
+        means = {rate: statistics.mean(validation_scores(tuning, runs).values()) for rate, runs in rates.items()
+                 if all(run in tuning for run in runs)}
+        if not means:
+            raise ValueError(f"no learning rate of {method} has all its tuning runs finished")
+        chosen[method] = max(means, key=lambda rate: (means[rate], -float(rate)))
+    return chosen
+
+
+def tuning_table(tuning, plan):
+    """A table as fill_table makes: {method: {lowest, middle, highest: {mean, std, values, runs, key, note}}}."""
+    table = {}
+    for method, rates in by_rate(plan["tuning"]).items():
+        table[method], grid = {}, sorted(rates, key=float)
+        for column, rate in zip(("lowest rate", "middle rate", "highest rate"), grid):
+            if found := validation_scores(tuning, rates[rate]):
+                edge = ", at the edge of the grid" * (rate in (grid[0], grid[-1]))
+                note = f" at {rate}" + f", chosen{edge}" * (rate == plan["rates"].get(method))
+                table[method][column] = cell(found, "val_METRIC") | {"note": note}
     return table
 
 
@@ -96,17 +118,9 @@ def tables(metric, splits):
              ("regression, test accuracy", "test_accuracy"), ("the same per logit, train", "train_logit_accuracy"),
              ("the same per logit, test", "test_logit_accuracy"))
         ] + [("FT ratio", ("ntk", "ft_ratio"))],
-        "Calibration (Tables 3, 14, 15)": [row for split in splits for row in calibration(split)],
+        "Calibration (Tables 3, 14, 15)": [("T", ("temperature",)),
+                                           *(row for split in splits for row in calibration(split))],
     }
-
-
-def look_up(result, keys):
-    """The number under `keys`, or None where this method has none."""
-    *path, last = keys
-    for key in path:
-        result = result.get(key) if isinstance(result, dict) else None
-    found = [(result or {}).get(key) for key in (last if isinstance(last, tuple) else (last,))]
-    return None if None in found else found[0] - found[1] if len(found) > 1 else found[0]
 
 
 def fill_table(rows, results, seeds):
@@ -118,206 +132,139 @@ def fill_table(rows, results, seeds):
         if keys[0] == "features":
             columns = {"pre-trained": ("LP", ("features_pretrained", *keys[1:]))} | columns
         for column, (method, path) in columns.items():
-            found = {run: look_up(results[run], path) for run in (f"{method}-seed{seed}" for seed in seeds)}
-            values = [value for value in found.values() if value is not None]
-            if len(values) == len(found):
-                table[row][column] = {
-                    "mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-                    "values": values, "runs": [f"runs/{run}/result.json" for run in found],
-                    "key": ".".join(" - ".join(key) if isinstance(key, tuple) else key for key in path)}
+            found = {run: number_at(results[run], path) for run in (f"{method}-seed{seed}" for seed in seeds)}
+            if None not in found.values():
+                key = ".".join(" - ".join(key) if isinstance(key, tuple) else key for key in path)
+                table[row][column] = cell(found, key)
     return table
+
+
+def number_at(result, keys):
+    """The number under `keys`, or None; a pair as the last key is the difference of two."""
+    *path, last = keys
+    if not isinstance(last, tuple):
+        return look_up(result, keys)
+    one, other = (look_up(result, (*path, key)) for key in last)
+    return None if None in (one, other) else one - other
+
+
+def cell(found, key):
+    """Mean and standard deviation of {run: number}, and where they come from."""
+    values = [*found.values()]
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "values": values, "runs": [f"runs/{run}/result.json" for run in found], "key": key}
 
 
 def number(x):
     """Three digits behind the point, fewer for large and for whole numbers, two that count for small ones."""
     if float(x).is_integer() or abs(x) >= 100:
-        return f"{x:.0f}"
-    return f"{x:.3f}" if abs(x) >= 0.01 else f"{x:.2g}"
-
-
-# ---------------------------------------------------------------------------- claims
-
-
-def confidence_interval(values):
-    """(mean, lower, upper) of the 95 % interval of the mean by Student's t; inf for a single value."""
-    n, mean = len(values), statistics.mean(values)
-    if n < 2:
-        return mean, -math.inf, math.inf
-    half = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
-    return mean, mean - half, mean + half
-
-
-def t_quantile(degrees):
-    """The t with P(|T| < t) = 0.95, by integrating Student's density and halving an interval."""
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    low, high = 0.0, 20.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        x = np.linspace(0, middle, 4001)
-        inside = 2 * scale * np.trapezoid((1 + x**2 / degrees) ** (-(degrees + 1) / 2), x)
-        low, high = (middle, high) if inside < 0.95 else (low, middle)
-    return middle
-
-
-def claims(metric, splits, scales):
-    """[(claim, [(part, measure, margin)])]: the claim holds where measure(runs of one seed) is above margin.
-
-    `scales` as scale_names makes them. A measure raises KeyError where there are no such runs.
-    """
-    ood = tuple(split for split in splits if split != "test")
-
-    def mean(result, keys, over):  # of the numbers under `keys`, "*" being each split of `over`
-        return statistics.mean(reduce(getitem, [split if key == "*" else key for key in keys], result)
-                               for split in over)
-
-    def difference(higher, lower, *keys, over=("test",)):  # of two methods
-        return lambda of: mean(of[higher], keys, over) - mean(of[lower], keys, over)
-
-    def growth(result):
-        return result["head_norm"] - result["head_norm_initial"]
-
-    def gain(result, over):  # of temperature scaling
-        before, after = (mean(result, ("calibration", "*", key), over) for key in ("ece", "ece_scaled"))
-        return before - after
-
-    def kernel_difference(name, key):
-        return lambda of: of[name]["ntk"]["F"][key] - of[name]["ntk"]["P"][key]
-
-    def rank_ratio(one, other):
-        def of_seed(of):
-            ranks = [of[name]["ntk"]["F"]["rank"] for name in (one, other)]
-            return min(ranks) / max(ranks)
-        return of_seed
-
-    def spectral_distance(one, other):  # over the singular values that both ranks count
-        def of_seed(of):
-            count = min(of[name]["ntk"]["F"]["rank"] for name in (one, other))
-            a, b = (np.array(of[name]["ntk"]["F"]["singular_values"][:count]) for name in (one, other))
-            return -float(np.abs(np.log10(a / b)).mean())
-        return of_seed
-
-    def fall(name):  # of Diff(F) per factor of ten of the head, by least squares
-        def of_seed(of):
-            if len(scales) < 2:
-                raise KeyError("runs from scaled heads")
-            diffs = [mean(of[runs[name]], ("features", "*", "diff"), ("test",)) for runs in scales.values()]
-            return -float(np.polyfit(np.log10(list(scales)), diffs, 1)[0])
-        return of_seed
-
-    where = [("in distribution", ("test",)), ("out of distribution", ood)]
-    pairs = (("FT", "LoRA"), ("LP-FT", "LP-LoRA"))
-    return [
-        ("The head norm grows far more (at least twice as much) in LP than in FT or LoRA", [
-            (f"growth of the norm: LP - 2 x {other}",
-             lambda of, other=other: growth(of["LP"]) - 2 * growth(of[other]), 0) for other in ("FT", "LoRA")]),
-        ("Features move less in LP-FT than in FT", [
-            (f"{label}, {place}", difference(*order, "features", "*", key, over=over), 0) for place, over in where
-            for label, key, order in (("Diff(F): FT - LP-FT", "diff", ("FT", "LP-FT")),
-                                      ("CS(F): LP-FT - FT", "cs", ("LP-FT", "FT")),
-                                      ("FDR(F): FT - LP-FT", "fdr", ("FT", "LP-FT")))]),
-        ("LP-FT matches or beats FT in distribution and beats it out of distribution; LP is weakest in "
-         "distribution", [
-            (f"{metric}: LP-FT - FT (one point less is a match)", difference("LP-FT", "FT", metric, "*"), -0.01),
-            (f"{metric}, out of distribution: LP-FT - FT", difference("LP-FT", "FT", metric, "*", over=ood), 0),
-            *[(f"{metric}: {name} - LP", difference(name, "LP", metric, "*"), 0) for name in METHODS if name != "LP"]]),
-        ("F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT than in FT", [
-            *[(f"{label}, {name}: F - P", kernel_difference(name, key), 0) for name in ("FT", "LP-FT")
-              for label, key in (("rank", "rank"), ("test accuracy of regression", "test_accuracy"))],
-            ("FT ratio: LP-FT - FT", lambda of: of["LP-FT"]["ntk"]["ft_ratio"] - of["FT"]["ntk"]["ft_ratio"], 0)]),
-        ("F under LoRA has nearly the rank and the normalised spectrum of F under FT", [
-            part for one, other in pairs for part in (
-                (f"rank, {one} and {other}: smaller / larger", rank_ratio(one, other), 0.9),
-                (f"spectrum, {one} and {other}: - mean |log10 ratio|", spectral_distance(one, other), -0.3))]),
-        ("A larger starting head norm makes the feature change smaller", [
-            (f"fall of Diff(F) per factor 10 of the head, {name}", fall(name), 0) for name in ("FT", "LP-FT")]),
-        ("LP-FT is worse calibrated than FT and gains most from temperature scaling", [
-            part for place, over in where for part in (
-                (f"ECE, {place}: LP-FT - FT", difference("LP-FT", "FT", "calibration", "*", "ece", over=over), 0),
-                *[(f"fall of ECE by T, {place}: LP-FT - {other}", lambda of, over=over, other=other: (
-                    gain(of["LP-FT"], over) - gain(of[other], over)), 0)
-                  for other in METHODS if other != "LP-FT"])]),
-    ]
-
-
-def judge(metric, splits, results, seeds):
-    """[{claim, verdict, parts: [{part, margin, mean, lower, upper, values, seeds, verdict}]}]."""
-    judged = []
-    for claim, parts in claims(metric, splits, scale_names(results)):
-        found = []
-        for part, measure, margin in parts:
-            by_seed = [{run.removesuffix(f"-seed{seed}"): result for run, result in results.items()
-                        if run.endswith(f"-seed{seed}")} for seed in seeds]
-            found.append({"part": part, "margin": margin, "verdict": "not measured"})
-            try:
-                values = [float(measure(of)) for of in by_seed]
-            except (KeyError, TypeError, statistics.StatisticsError):  # no such runs, null, no such split
-                continue
-            mean, lower, upper = confidence_interval(values)
-            verdict = "holds" if lower > margin else "does not hold" if upper <= margin else "undecided"
-            found[-1] |= {"mean": mean, "lower": lower, "upper": upper, "values": values, "seeds": seeds,
-                          "verdict": verdict}
-        verdicts = {part["verdict"] for part in found}
-        whole = verdicts.pop() if len(verdicts) == 1 else "undecided"
-        judged.append({"claim": claim, "verdict": "does not hold" if "does not hold" in verdicts else whole,
-                       "parts": found})
-    return judged
+        return f"{x:.0f}" if x else "0"
+    return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}" if abs(x) >= 0.01 else f"{x:.2g}"
 
 
 # ---------------------------------------------------------------------------- the report
 
 
+READING = (
+    "How to read it. V is the head's weight, phi the features (the encoder's output for the first token). CS(F) is the "
+    "mean cosine similarity of the features of two texts, Diff(F) how far features moved from the pre-trained ones, "
+    "FDR(F) Fisher's ratio of the spread between classes to that within, Norm(F) their mean length; Norm(C) and Diff(C) "
+    "are ||V|| and how far V moved in the FT stage (in LP, from 0). Theta = P + F is the neural tangent kernel of N "
+    "training samples and C classes, an NC x NC matrix: P the head's part, F the encoder's. FT ratio is the share of F "
+    "in the first step. Kernel regression is scored by class, and per logit: on each of the C yes-or-no decisions about "
+    "a text. ECE and MCE are the mean and the largest gap between confidence and accuracy, T the temperature that "
+    "logits are divided by. An empty cell: the method has no such number, or not in every seed.")
+
+
 def write_report(out):
     """report.md, report.html and tables.json of the finished runs; prints the verdicts."""
+    plan = read_plan(out)
     results, tuning = read_results(out)
-    seeds = complete_seeds(results)
-    if len(seeds) < 2:
-        raise ValueError(f"{out}: {len(seeds)} seeds have a finished run of every method; expected two or more")
+    try:
+        seeds = complete_seeds(results, plan["seeds"])
+    except ValueError as error:
+        raise ValueError(f"{out}: {error}") from None
     first = results[f"LP-seed{seeds[0]}"]
-    metric, splits = first["metric"], list(first["accuracy"])
+    metric, splits = first["metric"], list(first[first["metric"]])
     if "test" not in splits:
         raise ValueError(f"{out}: its runs have no test split, which tables and claims are about")
     filled = {title: fill_table(rows, results, seeds) for title, rows in tables(metric, splits).items()}
-    judged, command = judge(metric, splits, results, seeds), out / "command.txt"
-    used = {}  # what the runs' own configuration says
-    for name in METHODS:
-        config = json.loads((out / "runs" / f"{name}-seed{seeds[0]}" / "config.json").read_text(encoding="utf-8"))
-        if "lr" in config:
-            used[name] = f"{config['lr']:g} ({config['batch_size']}, {config['epochs']})"
-    if tuning:
-        filled |= {"Tuning: validation score by learning rate": tuning_table(tuning)}
-    content = {"seeds": seeds, "claims": judged, "tables": filled, "tuning": tuning_scores(tuning)}
-    (out / "tables.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    title = f"{first['data']} with {Path(first['model']).name}, {len(seeds)} seeds"
-    intro = [
-        f"Made by `{command.read_text(encoding='utf-8').strip()}`." if command.is_file() else "",
-        "Mean ± standard deviation over seeds; intervals are 95 % of the mean paired difference over seeds "
-        "(Student's t). Seeds vary head, dropout, order and the samples of the kernel, and with --max-train the "
-        "training samples: an interval says nothing about other data or another encoder. Every number and the files behind "
-        "it: `tables.json`.",
-        "Learning rate (batch size, epochs): " + ", ".join(f"{name} {rate}" for name, rate in used.items()) + ". "
-        + ("Rates were chosen by the mean validation score over tuning seeds of their own, in the last table. "
-           if tuning else "") + "Behind each number and verdict are runs of train.py, each with the flags in "
-        "`runs/NAME/flags.json`."]
-    figures = make_figures(out, results, seeds)
-    (out / "report.md").write_text(as_markdown(title, intro, judged, filled, figures), encoding="utf-8")
-    (out / "report.html").write_text(as_html(title, intro, judged, filled, figures, out), encoding="utf-8")
+    if plan["tuning"]:
+        filled |= {"Tuning: validation score by learning rate": tuning_table(tuning, plan)}
+    judged = judge(results, seeds)
+    content = {"seeds": seeds, "claims": judged, "tables": filled}
+    write_text(out / "tables.json", json.dumps(content, indent=1) + "\n")
+    name = Path(str(first.get("model"))).name
+    title = f"{Path(str(first.get('data'))).name} with {name}, {len(seeds)} seeds"
+    intro = introduction(out, plan, first, seeds)
+    if kernel := look_up(results[f"FT-seed{seeds[0]}"], ("ntk", "train_samples")):
+        intro[0] += f" The kernel is of {kernel} training samples, N."
+    commands = command_rows(out, judged)
+    figures, problems = draw_figures(out, results, plan["seeds"])
+    intro += [f"Not drawn: {problem}." for problem in problems]
+    write_text(out / "report.md", as_markdown(title, intro, judged, filled, figures, commands))
+    write_text(out / "report.html", as_html(title, intro, judged, filled, figures, commands, out))
     for number_of, claim in enumerate(judged, 1):
         print(f"{number_of}. {claim['claim']}: {claim['verdict']}")
+    for problem in problems:
+        print(f"not drawn: {problem}")
     print(f"report: {out / 'report.html'}, {out / 'report.md'}")
 
 
-def make_figures(out, results, seeds):
-    """{title: file name without suffix, under figures/}; nothing, and a line, where they cannot be made."""
+def read_plan(out):
+    if not (out / PLAN).is_file():
+        raise ValueError(f"{out}: holds no {PLAN}; expected the --out of reproduce.py, its tuning runs finished")
+    plan = read_json(out / PLAN)
+    if not (isinstance(plan.get("command"), str) and isinstance(plan.get("seeds"), int)
+            and isinstance(plan.get("tuning"), list) and isinstance(plan.get("rates"), dict)):
+        raise ValueError(f"{out / PLAN}: not what reproduce.py writes")
+    return plan
+
+
+def introduction(out, plan, first, seeds):
+    """The paragraphs above the tables."""
+    used = []  # what the runs' own configuration says
+    for name in METHODS:
+        config = read_json(out / "runs" / f"{name}-seed{seeds[0]}" / "config.json")
+        if "lr" in config:
+            used.append(f"{name} {config['lr']:g} ({config.get('batch_size')}, {config.get('epochs')})")
+    samples = ", ".join(f"{split} {count}" for split, count in first.get("samples", {}).items())
+    return [
+        f"Made by `{plan['command']}`. Samples: {samples}.",
+        "Mean ± standard deviation over seeds; intervals are 95 % of the mean paired difference over seeds (Student's "
+        "t), each for itself. Seeds vary head, dropout, order and the samples of the kernel, and with --max-train the "
+        "training samples: an interval says nothing about other data or another encoder. A claim holds where all its "
+        "parts do and does not hold where one does not; differences of fewer than 6 test samples are undecided "
+        "whatever the seeds say. Every number, with the files and the key behind it: `tables.json`.",
+        f"Learning rate (batch size, epochs): {', '.join(used)}. " + (
+            "Rates were chosen by the mean validation score over two tuning seeds of their own, in the last table. "
+            if plan["tuning"] else "They are train.py's own, not tuned here. ")
+        + "The commands behind the claims are at the end.", READING]
+
+
+def draw_figures(out, results, most):
+    """({title: file name without suffix, under figures/}, why others could not be drawn)."""
     try:
         import figures
     except ImportError as error:
-        print(f"no figures: {error}; pip install -r requirements-dev.txt")
-        return {}
-    try:
-        return figures.make_all(out, results, seeds)
-    except (ValueError, OSError) as error:  # data that have moved
-        print(f"no figures: {error}")
-        return {}
+        return {}, [f"any figure: {error}; pip install -r requirements-dev.txt"]
+    return figures.make_all(out, results, most)
+
+
+def command_rows(out, judged):
+    """[[claims, command]] of train.py, one for each kind of run behind the claims; $seed stands for the seeds."""
+    numbers = {}  # {run name without its seed: numbers of the claims}
+    for i, claim in enumerate(judged, 1):
+        for part in claim["parts"]:
+            for path, _ in part.get("sources", ()):
+                numbers.setdefault(path.split("/")[1].rsplit("-seed", 1)[0], {})[i] = path.split("/")[1]
+    rows = []
+    for name, of_claim in numbers.items():
+        flags = json.loads((out / "runs" / next(iter(of_claim.values())) / "flags.json").read_text(encoding="utf-8"))
+        flags[flags.index("--seed") + 1] = "$seed"
+        command = " ".join(flag if flag == "$seed" else shlex.quote(flag) for flag in flags)
+        rows.append([f"{name}", ", ".join(map(str, of_claim)), f"python train.py {command}"])
+    return rows
 
 
 def claim_rows(judged):
@@ -325,10 +272,10 @@ def claim_rows(judged):
     for number_of, claim in enumerate(judged, 1):
         yield [f"{number_of}. {claim['claim']}", "", "", "", claim["verdict"]], True
         for part in claim["parts"]:
-            numbers = ["", ""]
+            numbers, why = ["", ""], f": {part['why']}" if "why" in part else ""
             if "mean" in part:
                 numbers = [number(part["mean"]), f"{number(part['lower'])} to {number(part['upper'])}"]
-            yield [part["part"], *numbers, f"> {part['margin']:g}", part["verdict"]], False
+            yield [part["part"], *numbers, f"> {part['margin']:g}", part["verdict"] + why], False
 
 
 def table_rows(table):
@@ -339,7 +286,7 @@ def table_rows(table):
                      for row, cells in table.items()]
 
 
-def as_markdown(title, intro, judged, filled, figures):
+def as_markdown(title, intro, judged, filled, figures, commands):
     lines = [f"# {title}", "", "\n\n".join(intro), "", "## The seven claims", "",
              "| measured | mean | 95 % interval | claimed | verdict |", "|---|---|---|---|---|"]
     for cells, heads in claim_rows(judged):
@@ -351,15 +298,18 @@ def as_markdown(title, intro, judged, filled, figures):
         lines += ["| " + " | ".join(row) + " |" for row in rows]
     for name, file in figures.items():
         lines += ["", f"## {name}", "", f"![{name}](figures/{file}.png)"]
+    lines += ["", "## The commands behind the claims", "", "| runs | claims | command |", "|---|---|---|"]
+    lines += [f"| {name} | {claims} | `{command}` |" for name, claims, command in commands]
     return "\n".join(lines) + "\n"
 
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1em; max-width: 1100px; color: #222; }
-table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: clamp(10px, 2.6vw, 14px); }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: clamp(11px, 2.9vw, 14px); }
 td, th { box-sizing: border-box; padding: .25em .3em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
          overflow-wrap: anywhere; hyphens: auto; }
-th:first-child { width: 24%; } .claims th:nth-child(1) { width: 32%; }
+th:first-child { width: 24%; } .commands th:nth-child(1) { width: 21%; } .commands th:nth-child(2) { width: 13%; }
+.claims th:nth-child(1) { width: 32%; }
 .claims th:nth-child(2) { width: 13%; } .claims th:nth-child(4) { width: 15%; } .claims th:nth-child(5) { width: 21%; }
 .head td { font-weight: 600; border-top: 2px solid #999; } small { color: #666; }
 code { overflow-wrap: anywhere; } img { width: 100%; height: auto; }
@@ -367,7 +317,7 @@ code { overflow-wrap: anywhere; } img { width: 100%; height: auto; }
 """
 
 
-def as_html(title, intro, judged, filled, figures, out):
+def as_html(title, intro, judged, filled, figures, commands, out):
     """One file without references: figures are inside as base64, tables fold to the width of a phone."""
     def code(text):  # `x` in the texts above
         parts = html.escape(text).split("`")
@@ -380,7 +330,7 @@ def as_html(title, intro, judged, filled, figures, out):
             "<h2>The seven claims</h2><table class=claims>",
             row(["measured", "mean", "95 % interval", "claimed", "verdict"], "th")]
     for cells, heads in claim_rows(judged):
-        verdict = f"<span class='{cells[-1].split()[0]}'>{cells[-1]}</span>"
+        verdict = f"<span class='{cells[-1].split()[0]}'>{html.escape(cells[-1])}</span>"
         if heads:
             body.append(f"<tr class=head><td colspan=4>{html.escape(cells[0])}<td>{verdict}</tr>")
         else:
@@ -397,6 +347,8 @@ def as_html(title, intro, judged, filled, figures, out):
         data = base64.b64encode((out / "figures" / f"{file}.svg").read_bytes()).decode()
         name = html.escape(name)
         body.append(f"<h2>{name}</h2><img alt='{name}' src='data:image/svg+xml;base64,{data}'>")
+    body += ["<h2>The commands behind the claims</h2><table class=commands>", row(["runs", "claims", "command"], "th"),
+             *(row([name, claims, f"<code>{html.escape(command)}</code>"]) for name, claims, command in commands), "</table>"]
     head = (f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
             f"<style>{STYLE}</style>")
     return f"<!doctype html><html lang=en>{head}<body>" + "\n".join(body) + "\n</body></html>\n"
@@ -411,7 +363,10 @@ def main(argv=None):
         return 0
     except (ValueError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
-        return 2
+        return status_of(error)
+    except KeyboardInterrupt:
+        print("\nreport.py: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -10,24 +10,31 @@
    claims (report.py, figures.py, which also run alone).
 
 A run is a process of train.py with one thread, and `--jobs` of them go side by side. A finished run is
-never repeated: after an interruption the same command goes on.
+never repeated: after an interruption the same command goes on. A run that fails is named, and the others go on.
+
+Exit status: 0 done, 2 bad input (one line says what), 1 a run failed, 130 interrupted.
 """
 
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event
 
+import numpy as np
 import torch
 
 import train
-from report import METHODS, choose_rates, read_results, write_report
+from checkpoint import read_json
+from data import draw, read_task
+from report import METHODS, PLAN, choose_rates, read_results, write_report
 from resume import lock_folder, status_of, write_text
 
 TUNING_SEEDS = (101, 102)
@@ -46,7 +53,7 @@ def parse_args(argv=None):
     handed.add_argument("--max-length", type=int, metavar="L", help="tokens at which texts are cut (default: 128)")
     handed.add_argument("--epochs", type=int, metavar="N", help="of the FT stage (default: 10)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs with seeds 1 to N (default: 5)")
-    parser.add_argument("--ntk", type=int, default=100, metavar="N", help="samples of the kernel (default: 100)")
+    parser.add_argument("--ntk", type=int, default=100, metavar="N", help="samples of the kernel, 0 for none (default: 100)")
     parser.add_argument("--no-tuning", action="store_true", help="keep train.py's learning rates")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, metavar="S",
                         help="factors on the head that FT and LP-FT start from, of claim 6; 1 alone leaves it "
@@ -57,10 +64,10 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=Path, help="folder of everything (default: reproduction/DATA-MODEL)")
     parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
     args = parser.parse_args(argv)
-    for flag, value, least in (("--seeds", args.seeds, 2), ("--jobs", args.jobs, 1), ("--ntk", args.ntk, 1),
-                               ("--max-test", args.max_test, 1)):
-        if value is not None and value < least:
-            parser.error(f"{flag} is {value}; expected {least} or more")
+    for flag, value, least, most in (("--seeds", args.seeds, 2, TUNING_SEEDS[0] - 1), ("--jobs", args.jobs, 1, 1000),
+                                     ("--ntk", args.ntk, 0, 250), ("--max-test", args.max_test, 1, 1e15)):
+        if value is not None and not least <= value <= most:
+            parser.error(f"{flag} is {value}; expected {least} to {most:g}")
     if not all(0 < scale < 1e15 for scale in args.scales):
         parser.error(f"--scales are {' '.join(f'{scale:g}' for scale in args.scales)}; expected numbers above 0")
     args.out = args.out or Path("reproduction") / f"{Path(args.data).name}-{Path(args.model).name}"
@@ -102,7 +109,7 @@ def main_runs(args, rates):
     """{name: flags}: every method and seed."""
     runs = {}
     for name in METHODS:
-        stage = [] if name == "LP" else ["--ntk", str(args.ntk)]
+        stage = ["--ntk", str(args.ntk)] if args.ntk and name != "LP" else []
         stage += ["--lr", rates[name]] if name in rates else []
         for seed in range(1, args.seeds + 1):
             runs[f"{name}-seed{seed}"] = [*common_flags(args, name, seed), *stage]
@@ -121,82 +128,137 @@ def scale_runs(args, rates):
     return runs
 
 
+class RunFailed(Exception):
+    """A run of train.py that ended with an error; the message is what it said."""
+
+
+def refuse_other_flags(args, runs):
+    """ValueError if a run of that name was made or begun with other flags."""
+    for name, flags in runs.items():
+        folder, partial = (args.out / "runs" / f"{name}{end}" for end in ("", ".partial"))
+        begun = args.out / "runs" / f"{name}.begun"
+        before = folder / "flags.json" if (folder / "flags.json").is_file() else begun if partial.is_dir() else None
+        if before and before.is_file() and (found := json.loads(before.read_text(encoding="utf-8"))) != flags:
+            raise ValueError(f"{folder}: was made with {' '.join(found)}; now it would be with {' '.join(flags)}; "
+                             "choose another --out")
+
+
 def run_all(args, runs):
-    """Run what is not finished, `--jobs` at a time; RuntimeError names the log of a run that failed."""
-    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    """Run what is not finished, `--jobs` at a time; returns {name: why} of the runs that failed."""
+    refuse_other_flags(args, runs)
     todo = [name for name in runs if not (args.out / "runs" / name / "flags.json").is_file()]
-    for name in runs.keys() - set(todo):
-        found = json.loads((args.out / "runs" / name / "flags.json").read_text(encoding="utf-8"))
-        if found != runs[name]:
-            raise ValueError(f"{args.out / 'runs' / name}: was made with {' '.join(found)}; now it would be with "
-                             f"{' '.join(runs[name])}; choose another --out")
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already", flush=True)
-    started, running = time.monotonic(), set()
-
-    def run(name):
-        folder, partial, begun = (args.out / "runs" / f"{name}{end}" for end in ("", ".partial", ".begun"))
-        command = [sys.executable, Path(__file__).with_name("train.py")]
-        if (partial / "config.json").is_file() and begun.is_file() and json.loads(begun.read_text()) == runs[name]:
-            command += ["--resume", partial]  # of an interruption; its lock says if it is still running
-        else:
-            if partial.is_dir():
-                lock_folder(partial).release()  # ValueError if it is
-            shutil.rmtree(partial, ignore_errors=True)
-            write_text(begun, json.dumps(runs[name]))
-            command += [*runs[name], "--out", partial]
-        with open(args.out / "runs" / f"{name}.log", "a", encoding="utf-8") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
-                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
-            running.add(process)
-            status = process.wait()
-            running.discard(process)
-        if status:
-            words = Path(log.name).read_text(encoding="utf-8", errors="replace").split() or ["none"]
-            raise RuntimeError(f"{name} ended with status {status}; its last words are in {log.name}: "
-                               f"... {' '.join(words[-40:])}")
-        write_text(partial / "flags.json", json.dumps(runs[name]) + "\n")
-        partial.rename(folder)
-        begun.unlink()
-        return name
-
+    started, processes, stopping, failed = time.monotonic(), set(), Event(), {}
     with ThreadPoolExecutor(args.jobs) as pool:
+        futures = {pool.submit(run_one, args, name, runs[name], processes, stopping): name for name in todo}
         try:
-            for count, name in enumerate(pool.map(run, todo), 1):
-                result = json.loads((args.out / "runs" / name / "result.json").read_text(encoding="utf-8"))
-                scores = {"val": result["val_" + result["metric"]]} | result[result["metric"]]
-                print(f"[{count}/{len(todo)}, {time.monotonic() - started:.0f} s] {name}: "
-                      + ", ".join(f"{split} {score:.3f}" for split, score in scores.items()), flush=True)
+            for count, future in enumerate(as_completed(futures), 1):
+                name = futures[future]
+                try:
+                    said = ", ".join(f"{split} {score:.3f}" for split, score in future.result().items())
+                except RunFailed as error:
+                    failed[name] = str(error)
+                    said = f"failed: {error}"
+                print(f"[{count}/{len(todo)}, {time.monotonic() - started:.0f} s] {name}: {said}", flush=True)
         finally:
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):  # they save their state
+            for process in list(processes):  # they save their state
                 process.terminate()
+    return failed
+
+
+def run_one(args, name, flags, processes, stopping):
+    """Run train.py, or go on with what was interrupted; returns {split: score}, with val. RunFailed."""
+    folder, partial, begun = (args.out / "runs" / f"{name}{end}" for end in ("", ".partial", ".begun"))
+    command = [sys.executable, Path(__file__).with_name("train.py")]
+    if (partial / "config.json").is_file() and begun.is_file():
+        command += ["--resume", partial]  # its lock says if it is still running
+    else:
+        if partial.is_dir():
+            lock_folder(partial).release()  # ValueError if it is
+        shutil.rmtree(partial, ignore_errors=True)
+        write_text(begun, json.dumps(flags))
+        command += [*flags, "--out", partial]
+    path = args.out / "runs" / f"{name}.log"
+    with open(path, "a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        processes.add(process)
+        if stopping.is_set():  # between the two lines above
+            process.terminate()
+        status = process.wait()
+        processes.discard(process)
+    if status:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line.removeprefix("train.py: error: ") for line in lines if line.startswith("train.py: error: ")]
+        raise RunFailed((said or [f"status {status}, without a word"])[-1] + f" (all it said: {path})")
+    write_text(partial / "flags.json", json.dumps(flags) + "\n")
+    partial.rename(folder)
+    begun.unlink()
+    result = read_json(folder / "result.json")
+    return {"val": result["val_" + result["metric"]]} | result[result["metric"]]
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def check_data(args):
+    """ValueError or OSError now for what the runs would refuse after hours; also fetches or makes the encoder."""
+    rows = read_task(args.data, args.data_dir)
+    if "test" not in rows.splits:
+        raise ValueError(f"--data {args.data}: has no test split, which tables and claims are about")
+    labels = {name: rows.indices[name][wanted] for name, (_, wanted) in rows.splits.items()}
+    for seed in range(1, args.seeds + 1) if args.ntk else ():
+        drawn = draw(np.arange(len(labels["train"])), args.max_train, seed)
+        of_seed = labels | {"train": labels["train"][drawn]}
+        train.pick_ntk_samples(args.ntk, seed, of_seed, list(rows.labels.values()))
+    if args.model == "tiny":
+        train.pretrain.tiny_encoder()
+    else:
+        train.load_pretrained(args.model)
+
+
+def reproduce(args, command):
+    """Tuning, all other runs, the report; returns the exit status."""
+    for flags in main_runs(args, {}).values():  # a flag that train.py refuses ends here, not after an hour
+        train.parse_args(flags)
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "runs").is_dir():
+        raise ValueError(f"--out {args.out}: holds something else; expected a new folder or an earlier one")
+    check_data(args)
+    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(args.out)  # noqa: F841  held until the process ends
+    planned, rates = {} if args.no_tuning else tuning_runs(args), {}
+    if planned:
+        run_all(args, planned)  # a rate at which a run fails is no choice, and no reason to stop
+        rates = choose_rates(read_results(args.out)[1], planned)
+    runs = main_runs(args, rates) | scale_runs(args, rates)
+    refuse_other_flags(args, runs)
+    plan = {"command": command, "seeds": args.seeds, "tuning": [*planned], "rates": rates}
+    write_text(args.out / PLAN, json.dumps(plan, indent=1) + "\n")
+    failed = run_all(args, runs)
+    try:
+        write_report(args.out)
+    except ValueError as error:
+        if not failed:
+            raise
+        print(f"no report: {error}", file=sys.stderr)
+    if failed:
+        print("These runs failed; the same command tries them again:", file=sys.stderr)
+        print("\n".join(f"  {name}: {why}" for name, why in failed.items()), file=sys.stderr)
+    return 1 if failed else 0
 
 
 def main(argv=None):
     args = parse_args(argv)
-    for flags in main_runs(args, {}).values():  # a flag that train.py refuses ends here, not after an hour
-        train.parse_args(flags)
-    command = " ".join(["python reproduce.py", *(sys.argv[1:] if argv is None else argv)])
+    command = shlex.join(["python", "reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "runs").is_dir():
-            raise ValueError(f"--out {args.out}: holds something else; expected a new folder or an earlier one")
-        (args.out / "runs").mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(args.out)  # noqa: F841  held until the process ends
-        (args.out / "command.txt").write_text(command + "\n", encoding="utf-8")
-        if "tiny" in (args.model, args.data):  # pre-trained once, not in every process
-            train.pretrain.tiny_encoder()
-        if not args.no_tuning:
-            run_all(args, tuning_runs(args))
-        tuned = read_results(args.out)[1]
-        rates = {} if args.no_tuning else choose_rates({name: tuned[name] for name in tuning_runs(args)})
-        run_all(args, main_runs(args, rates) | scale_runs(args, rates))
-        write_report(args.out)
-        return 0
+        return reproduce(args, command)
     except (ValueError, OSError) as error:
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         return status_of(error)
-    except RuntimeError as error:
+    except train.pretrain.PolarityNotLearnt as error:
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -296,7 +296,10 @@ def load_train_measure(args, device, why, state):
     task = load_task(rows, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed,
                      max_test=args.max_test)
     refuse_what_does_not_fit(args, task, tokenizer, encoder.config)
-    ntk_samples = pick_ntk_samples(args, task) if args.ntk else None
+    ntk_samples = None
+    if args.ntk:
+        labels = {name: split.labels for name, split in task.splits.items()}
+        ntk_samples = pick_ntk_samples(args.ntk, args.seed, labels, task.labels)
     refuse_other_start(args, task, encoder, state)
     print_configuration(args, why, task)
 
@@ -403,16 +406,18 @@ def probe(args, model, task, features_0, state):
     return record
 
 
-def pick_ntk_samples(args, task):
-    """{split: indices} of the samples of --ntk, in random order: of train, and of test or else val."""
-    generator, picked = torch.Generator().manual_seed(args.seed), {}
-    for name in ("train", "test" if "test" in task.splits else "val"):
-        split = task.splits[name]
-        picked[name] = torch.randperm(len(split), generator=generator)[:args.ntk].numpy()
-    counts = task.splits["train"].labels[picked["train"]].bincount(minlength=len(task.labels))
+def pick_ntk_samples(count, seed, labels, classes):
+    """{split: indices} of the samples of --ntk, in random order: of train, and of test or else val.
+
+    `labels` {split: (N,)}, class indices; `classes` their names.
+    """
+    generator, picked = torch.Generator().manual_seed(seed), {}
+    for name in ("train", "test" if "test" in labels else "val"):
+        picked[name] = torch.randperm(len(labels[name]), generator=generator)[:count].numpy()
+    counts = torch.as_tensor(labels["train"])[picked["train"]].bincount(minlength=len(classes))
     if counts.min() < 5:
-        raise ValueError(f"--ntk {args.ntk}: the {counts.sum()} training samples drawn have {counts.min()} of "
-                         f"class {task.labels[counts.argmin()]}; kernel regression needs 5 of each class, so "
+        raise ValueError(f"--ntk {count}: the {counts.sum()} training samples drawn with seed {seed} have "
+                         f"{counts.min()} of class {classes[counts.argmin()]}; kernel regression needs 5 of each, so "
                          "a larger N or more data")
     return picked
 

@@ -41,7 +41,7 @@ FLAGS = [
     ("--head-scale 0", "--head-scale is 0.0"),
     ("--ntk 0", "--ntk is 0; expected 1 to 250"),
     ("--ntk 251", "--ntk is 251"),
-    ("--ntk 5", "kernel regression needs 5 of each class"),
+    ("--ntk 5", "kernel regression needs 5 of each"),
     ("--ntk-memory 100", "--ntk-memory has no effect: it needs --ntk"),
     ("--ntk 40 --ntk-memory 0", "--ntk-memory is 0"),
     ("--ntk 40 --ntk-memory 1", "a memory budget of 1 MB is too small"),

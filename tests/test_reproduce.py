@@ -1,7 +1,6 @@
-"""Many runs: nothing is repeated, every number of the report is one of the runs', verdicts are statistics."""
+"""Many runs: nothing is repeated or lost, and every number of the report is one of the runs'."""
 
 import json
-import math
 import os
 import signal
 import statistics
@@ -11,15 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from scipy import stats
 
+import claims
 import report
 import reproduce
 import train
 from resume import lock_folder, take_lock
+from test_claims import made_up
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGE = ["--epochs", "1", "--lr", "1e-3", "--ntk", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +26,18 @@ def folder(random_folder, tmp_path_factory):
     """Runs of every method and two seeds, as reproduce.py leaves them."""
     out = tmp_path_factory.mktemp("reproduction")
     args = reproduce.parse_args(["--model", str(random_folder), "--data", "tiny-plain", "--max-train", "60", "--epochs",
-                                 "1", "--seeds", "2", "--ntk", "20", "--out", str(out)])
-    for name, flags in reproduce.main_runs(args, {}).items():
+                                 "1", "--seeds", "2", "--ntk", "20", "--scales", "1", "10", "--out", str(out)])
+    runs = reproduce.main_runs(args, {}) | reproduce.scale_runs(args, {})
+    for name, flags in runs.items():
         assert train.main([*flags, "--out", str(out / "runs" / name)]) == 0
         (out / "runs" / name / "flags.json").write_text(json.dumps(flags))
+    plan = {"command": "the command", "seeds": 2, "tuning": [], "rates": {}}
+    (out / "plan.json").write_text(json.dumps(plan))
     return out
 
 
 @pytest.fixture(scope="module")
 def written(folder):
-    (folder / "command.txt").write_text("the command\n")
     report.write_report(folder)
     return json.loads((folder / "tables.json").read_text())
 
@@ -60,6 +61,9 @@ def values(folder, method, *keys):
     ("Kernel", "rank, F", "LP-LoRA", "LP-LoRA", ("ntk", "F", "rank")),
     ("Kernel", "FT ratio", "FT", "FT", ("ntk", "ft_ratio")),
     ("Calibration", "ECE with T, meals", "LP", "LP", ("calibration", "meals", "ece_scaled")),
+    ("Calibration", "MCE, test", "LoRA", "LoRA", ("calibration", "test", "mce")),
+    ("Calibration", "T", "FT", "FT", ("temperature",)),
+    ("Head", "Norm(C)", "LP-FT", "LP-FT", ("head_norm",)),
 ])
 def test_a_cell_of_each_table_by_hand(folder, written, table, row, column, method, keys):
     """Mean and standard deviation over seeds of the number in result.json; the cell names files and key."""
@@ -75,86 +79,51 @@ def test_a_cell_of_each_table_by_hand(folder, written, table, row, column, metho
     assert shown in (folder / "report.md").read_text()
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 10, 30])
-def test_the_interval_is_that_of_a_paired_t_test(n):
-    a, b = stats.norm.rvs(size=(2, n), random_state=n)
-    mean, lower, upper = report.confidence_interval(list(a - b))
-    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
-    assert (lower, upper) == pytest.approx((expected.low, expected.high), rel=1e-6)
-    assert mean == pytest.approx((a - b).mean())
+def test_what_temperature_takes_off(folder, written):
+    """Before minus after: a fall is positive."""
+    title, = (title for title in written["tables"] if title.startswith("Calibration"))
+    found = written["tables"][title]["MCE fall by T, hotels"]["LP-LoRA"]
+    before, after = (values(folder, "LP-LoRA", "calibration", "hotels", key) for key in ("mce", "mce_scaled"))
+    assert found["values"] == [a - b for a, b in zip(before, after)]
+    assert found["key"] == "calibration.hotels.mce - mce_scaled"
 
 
 def test_the_parts_of_claims_by_hand(folder, written):
-    """Paired by seed: the difference of two methods on the same seed."""
+    """Paired by seed: the difference of two methods on the same seed; the row shows mean, interval, bound, verdict."""
     def part(number, start):
         found, = [p for p in written["claims"][number - 1]["parts"] if p["part"].startswith(start)]
-        return found["values"]
+        return found
 
     lp, ft = (values(folder, name, "head_norm") for name in ("LP", "FT"))
     start = values(folder, "FT", "head_norm_initial")
-    assert part(1, "growth of the norm: LP - 2 x FT") == pytest.approx([x - 2 * (y - z) for x, y, z in zip(lp, ft, start)])
+    first = part(1, "growth of the norm: LP - 2 x FT")
+    assert first["values"] == pytest.approx([x - 2 * (y - z) for x, y, z in zip(lp, ft, start)])
     a, b = ([statistics.mean(v) for v in zip(*(values(folder, name, "features", split, "diff")
                                                for split in ("films", "hotels", "meals")))] for name in ("FT", "LP-FT"))
-    assert part(2, "Diff(F): FT - LP-FT, out") == pytest.approx([x - y for x, y in zip(a, b)])
+    assert part(2, "Diff(F): FT - LP-FT, out")["values"] == pytest.approx([x - y for x, y in zip(a, b)])
     a, b = (values(folder, name, "ntk", "ft_ratio") for name in ("FT", "LP-FT"))
-    assert part(4, "FT ratio") == pytest.approx([y - x for x, y in zip(a, b)])
-    assert written["claims"][5]["verdict"] == "not measured"  # no scaled heads here
+    assert part(4, "FT ratio")["values"] == pytest.approx([y - x for x, y in zip(a, b)])
+    row = (f"| growth of the norm: LP - 2 x FT | {report.number(first['mean'])} | {report.number(first['lower'])} to "
+           f"{report.number(first['upper'])} | > 0 | {first['verdict']} |")
+    assert row in (folder / "report.md").read_text()
 
 
-def made_up(sign):
-    """Results of three seeds in which every part of every claim holds (sign 1) or none does (sign -1)."""
-    results = {}
-    better = {"LP": 0.0, "FT": 0.2, "LoRA": 0.2, "LP-FT": 0.3, "LP-LoRA": 0.25}  # accuracy
-    for seed in (1, 2, 3):
-        noise = 0.001 * seed
-        for name in report.METHODS:
-            lp = 1 if name == "LP-FT" else 0
-            spectrum = [10 ** -(0.05 * i * (1 if sign > 0 or "LoRA" in name else 20)) for i in range(8)]
-            result = {
-                "head_norm_initial": 0.0, "head_norm": (9.0 if (name == "LP") == (sign > 0) else 1.0) + noise,
-                "accuracy": {}, "features": {}, "calibration": {},
-                "ntk": {"ft_ratio": 0.5 + sign * 0.4 * lp, "P": {"rank": 6, "test_accuracy": 0.5},
-                        "F": {"rank": 6 + sign * 2 if sign > 0 or "LoRA" in name else 2,
-                              "test_accuracy": 0.5 + 0.2 * sign, "singular_values": spectrum}}}
-            for split in ("test", "web"):
-                result["accuracy"][split] = 0.5 + sign * better[name] + noise
-                result["features"][split] = {"diff": 5 - sign * lp + noise, "cs": 0.5 + 0.1 * sign * lp,
-                                             "fdr": 3 - sign * lp}
-                result["calibration"][split] = {"ece": 0.2 + 0.1 * sign * lp, "ece_scaled": 0.1 - 0.01 * sign * lp}
-            results[f"{name}-seed{seed}"] = result
-            for scale in reproduce.SCALES:
-                moved = {"features": {"test": {"diff": 5 - sign * lp - sign * math.log10(scale) + noise}}}
-                results[f"{name}-scale{scale}-seed{seed}"] = moved
-    return results
+def test_the_report_names_the_command_behind_each_claim(folder, written):
+    text = (folder / "report.md").read_text()
+    line, = [line for line in text.splitlines() if line.startswith("| LP-FT | 2, 3, 4, 5, 6, 7 | `python train.py")]
+    assert "--seed $seed" in line and "--ntk 20" in line
+    assert any(line.startswith("| FT-scale10 | 6 | ") and "--head-scale 10" in line for line in text.splitlines())
+    assert "FT 5e-05 (4, 1)" not in text and "FT 0.0005" not in text  # tiny-plain on another encoder: the folder's rates
+    config = json.loads((folder / "runs" / "FT-seed1" / "config.json").read_text())
+    assert f"FT {config['lr']:g} ({config['batch_size']}, 1)" in text
 
 
-def test_every_claim_holds_where_it_is_true_and_not_in_the_mirror():
-    for sign, verdict in ((1, "holds"), (-1, "does not hold")):
-        for claim in report.judge("accuracy", ["test", "web"], made_up(sign), [1, 2, 3]):
-            assert {part["verdict"] for part in claim["parts"]} == {verdict}, claim
-            assert claim["verdict"] == verdict
-    fall = report.judge("accuracy", ["test", "web"], made_up(1), [1, 2, 3])[5]["parts"][0]
-    assert fall["mean"] == pytest.approx(1)  # per factor of ten
-
-
-def test_a_verdict_is_where_the_interval_lies():
-    """One seed against the others: undecided; without OOD tests, claims about them are not measured."""
-    results = made_up(1) | {"LP-FT-seed2": made_up(-1)["LP-FT-seed2"]}
-    features = report.judge("accuracy", ["test", "web"], results, [1, 2, 3])[1]
-    assert features["verdict"] == "undecided"
-    assert all(part["lower"] < 0 < part["upper"] for part in features["parts"])
-    third = report.judge("accuracy", ["test"], made_up(1), [1, 2, 3])[2]
-    assert third["verdict"] == "undecided"
-    assert [part["verdict"] for part in third["parts"]].count("not measured") == 1
-
-
-def test_tables_and_claims_use_the_same_seeds(folder):
+def test_tables_use_the_seeds_that_every_method_has(folder):
     """A further run of one method alone changes nothing; nor does one that was killed while it was moved."""
     results, _ = report.read_results(folder)
-    assert report.complete_seeds(results | {"LP-seed3": results["LP-seed1"]}) == [1, 2]
-    rows = [("row", ("head_norm",))]
-    more = report.fill_table(rows, results | {"LP-seed3": results["LP-seed1"]}, [1, 2])
-    assert more == report.fill_table(rows, results, [1, 2])
+    assert report.complete_seeds(results | {"LP-seed3": results["LP-seed1"]}, 5) == [1, 2]
+    with pytest.raises(ValueError, match="0 of 1 seeds|1 of 1 seeds"):
+        report.complete_seeds(results, 1)
     partial = folder / "runs" / "FT-seed9.partial"
     partial.mkdir()
     (partial / "flags.json").write_text("[]")
@@ -163,24 +132,54 @@ def test_tables_and_claims_use_the_same_seeds(folder):
     partial.rmdir()
 
 
+def tuned(scores):
+    """{tuning run: result} for {rate: (score of seed 101, of seed 102)}."""
+    return {f"tune-FT={rate}-seed{seed}": {"metric": "accuracy", "val_accuracy": score, "accuracy": {}}
+            for rate, pair in scores.items() for seed, score in zip((101, 102), pair)}
+
+
 def test_learning_rates_are_chosen_on_validation_alone():
-    tuning = {f"tune-FT={rate}-seed{seed}": {"metric": "accuracy", "val_accuracy": val, "accuracy": {"test": 1 - val}}
-              for rate, seed, val in (("1e-3", 101, 0.9), ("1e-3", 102, 0.7), ("3e-3", 101, 0.85), ("3e-3", 102, 0.8))}
-    assert report.choose_rates(tuning) == {"FT": "3e-3"}
+    tuning = tuned({"1e-3": (0.9, 0.7), "3e-3": (0.85, 0.8), "9e-3": (0.1, 0.1)})
+    for result in tuning.values():
+        result["accuracy"]["test"] = 1 - result["val_accuracy"]
+    assert report.choose_rates(tuning, [*tuning]) == {"FT": "3e-3"}
     equal = {run: result | {"val_accuracy": 0.5} for run, result in tuning.items()}
-    assert report.choose_rates(equal) == {"FT": "1e-3"}  # of equals the smallest
+    assert report.choose_rates(equal, [*tuning]) == {"FT": "1e-3"}  # of equals the smallest
+    table = report.tuning_table(tuning, {"tuning": [*tuning], "rates": {"FT": "3e-3"}})["FT"]
+    assert table["middle rate"]["note"] == " at 3e-3, chosen" and table["middle rate"]["values"] == [0.85, 0.8]
+    assert table["lowest rate"]["note"] == " at 1e-3" and table["lowest rate"]["mean"] == pytest.approx(0.8)
+    edge = report.tuning_table(tuning, {"tuning": [*tuning], "rates": {"FT": "9e-3"}})["FT"]["highest rate"]
+    assert edge["note"] == " at 9e-3, chosen, at the edge of the grid"
     args = reproduce.parse_args(["--seeds", "9"])
     assert all(run.split("-seed")[1] in ("101", "102") for run in reproduce.tuning_runs(args))
     assert len(reproduce.tuning_runs(args)) == 4 * 3 * 2
+    rates = [train.parse_args(flags).lr for run, flags in reproduce.tuning_runs(args).items() if "LP-FT=" in run][::2]
+    assert rates == pytest.approx([1e-3 / 3, 1e-3, 3e-3], rel=0.02)
     args.max_test = 100  # of the tables; tuning measures nothing on a test split
     assert all(train.parse_args(flags).max_test == 0 for flags in reproduce.tuning_runs(args).values())
     assert all(train.parse_args(flags).max_test == 100 for flags in reproduce.main_runs(args, {}).values())
 
 
+def test_a_rate_of_which_a_run_failed_is_no_choice():
+    tuning = tuned({"1e-3": (0.5, 0.5), "3e-3": (0.9, 0.9)})
+    planned = [*tuning]
+    del tuning["tune-FT=3e-3-seed102"]
+    assert report.choose_rates(tuning, planned) == {"FT": "1e-3"}
+    with pytest.raises(ValueError, match="no learning rate of FT"):
+        report.choose_rates({}, planned)
+    cell = report.tuning_table(tuning, {"tuning": planned, "rates": {"FT": "1e-3"}})["FT"]["middle rate"]
+    assert (cell["mean"], cell["std"]) == (0.9, 0.0)  # what there is, is shown
+
+
+def test_numbers_are_short():
+    assert [report.number(x) for x in (300.0, 95.4, 1234.56, 0.12345, 0.0012345, 0.0, -0.0, -2.0)] == [
+        "300", "95.4", "1235", "0.123", "0.0012", "0", "0", "-2"]
+
+
 def test_the_report_is_one_file_with_every_figure(folder, written):
     page = (folder / "report.html").read_text()
-    assert "http" not in page and "<script" not in page and page.count("data:image/svg+xml;base64,") == 5
-    for name in ("head-norm", "spectra", "trace-norms", "features", "reliability"):
+    assert "http" not in page and "<script" not in page and page.count("data:image/svg+xml;base64,") == 6
+    for name in ("head-norm", "head-scale", "spectra", "trace-norms", "features", "reliability"):
         assert (folder / "figures" / f"{name}.svg").stat().st_size > 5000
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -200,6 +199,7 @@ def test_a_killed_reproduction_goes_on_and_repeats_nothing(random_folder, tmp_pa
     args = reproduce.parse_args(["--model", str(random_folder), "--data", "tiny-plain", "--max-train", "60", "--seeds",
                                  "2", "--jobs", "1", "--out", str(tmp_path)])
     runs = {name: flags for name, flags in reproduce.main_runs(args, {}).items() if name.startswith("LP-seed")}
+    (tmp_path / "runs").mkdir()
     code = (f"import reproduce, json\nargs = reproduce.parse_args({['--jobs', '1', '--out', str(tmp_path)]!r})\n"
             f"reproduce.run_all(args, {runs!r})")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL,
@@ -223,14 +223,30 @@ def test_a_killed_reproduction_goes_on_and_repeats_nothing(random_folder, tmp_pa
 
 def test_a_run_that_fails_names_its_log(tmp_path):
     args = reproduce.parse_args(["--jobs", "1", "--out", str(tmp_path)])
-    with pytest.raises(RuntimeError, match="bad ended with status 2; its last words are in .*bad.log"):
-        reproduce.run_all(args, {"bad": ["--lr", "-1"]})
+    (tmp_path / "runs").mkdir()
+    failed = reproduce.run_all(args, {"bad": ["--lr", "-1"]})
+    assert failed["bad"] == f"--lr is -1.0; expected a number above 0, below 1e15 (all it said: {tmp_path}/runs/bad.log)"
 
 
 def test_a_flag_that_train_refuses_ends_before_the_first_run(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        reproduce.main(["--ntk", "300", "--out", str(tmp_path / "x")])
-    assert end.value.code == 2 and "--ntk is 300" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    for flags, said in ((["--ntk", "300"], "--ntk is 300"), (["--max-length", "3"], "--max-length is 3"),
+                        (["--seeds", "101"], "expected 2 to 100"), (["--scales", "0"], "--scales are 0")):
+        with pytest.raises(SystemExit) as end:
+            reproduce.main([*flags, "--out", str(tmp_path / "x")])
+        assert end.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_data_that_a_run_would_refuse_are_refused_before_the_first(tmp_path, capsys):
+    """A folder without test, too few of a class for some seed's kernel, no such model: nothing is begun."""
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "good\tyes\nbad\tno\n" * 20)
+    for flags, said in ((["--data", str(tmp_path)], "has no test split"),
+                        (["--data", "tiny", "--ntk", "20", "--seeds", "30"], "drawn with seed"),
+                        (["--data", "nothing"], "no such folder"),
+                        (["--model", str(tmp_path / "no")], "no")):
+        assert reproduce.main([*flags, "--out", str(tmp_path / "x")]) == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1 and not (tmp_path / "x").exists()
 
 
 def test_scaled_runs_are_those_of_fig_3_with_the_chosen_rates():
@@ -242,7 +258,7 @@ def test_scaled_runs_are_those_of_fig_3_with_the_chosen_rates():
     assert train.parse_args(reproduce.main_runs(args, {"FT": "7e-4"})["FT-seed1"]).lr == 7e-4
     assert reproduce.scale_runs(reproduce.parse_args(["--scales", "1"]), {}) == {}
     few = reproduce.scale_runs(reproduce.parse_args(["--scales", "0.1", "1", "10"]), {})
-    assert set(report.scale_names(few)) == {0.1, 1.0, 10.0} and report.scale_names({})[1.0]["FT"] == "FT"
+    assert set(claims.scale_names(few)) == {0.1, 1.0, 10.0} and claims.scale_names({})[1.0]["FT"] == "FT"
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
@@ -262,21 +278,132 @@ def test_two_commands_do_not_write_to_one_folder(tmp_path, capsys):
 
 
 def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch):
-    commands = []
+    commands, threads = [], []
 
     class Process:
         def __init__(self, command, **more):
             commands.append([str(word) for word in command[2:]])
+            threads.append(more["env"]["OMP_NUM_THREADS"])
 
         def wait(self):
             return 1
 
     monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
     args, partial = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one.partial"
-    for flags in (["--seed", "1"], ["--seed", "1"], ["--seed", "2"]):  # the last one is another run
-        with pytest.raises(RuntimeError):
-            reproduce.run_all(args, {"one": flags})
+    (tmp_path / "runs").mkdir()
+    for _ in range(2):
+        assert "without a word" in reproduce.run_all(args, {"one": ["--seed", "1"]})["one"]
         partial.mkdir(exist_ok=True)
         (partial / "config.json").write_text("{}")
-    assert commands == [["--seed", "1", "--out", str(partial)], ["--resume", str(partial)],
-                        ["--seed", "2", "--out", str(partial)]]
+    assert commands == [["--seed", "1", "--out", str(partial)], ["--resume", str(partial)]]
+    assert threads == ["1", "1"]
+    with pytest.raises(ValueError, match="choose another --out"):  # hours of another run may lie in it
+        reproduce.run_all(args, {"one": ["--seed", "2"]})
+    assert partial.is_dir()
+
+
+# ---------------------------------------------------------------------------- the whole command, its runs made up
+
+
+@pytest.fixture
+def made_up_runs(monkeypatch, tmp_path):
+    """run_one writes made-up results instead of training; returns {name: flags} of what it was asked for."""
+    asked, results = {}, made_up(seeds=(1, 2, 3))
+
+    def run_one(args, name, flags, processes, stopping):
+        asked[name] = flags
+        parsed = train.parse_args(flags)
+        if name in FAILING:
+            raise reproduce.RunFailed("the loss became infinite")
+        result = results.get(name, {})
+        if name.startswith("tune"):  # the larger the rate the better
+            result = {"metric": "accuracy", "accuracy": {}, "val_accuracy": parsed.lr}
+        result = {"metric": "accuracy", "val_accuracy": 0.5, "accuracy": {"test": 0.5}} | result
+        folder = args.out / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "config.json").write_text(json.dumps({"lr": parsed.lr} if parsed.lr else {}))
+        (folder / "flags.json").write_text(json.dumps(flags))
+        return {"val": 0.5} | result["accuracy"]
+
+    FAILING = set()
+    monkeypatch.setattr(reproduce, "run_one", run_one)
+    monkeypatch.setattr(reproduce, "check_data", lambda args: None)
+    monkeypatch.setattr(report, "draw_figures", lambda *some: ({}, []))
+    return asked, FAILING
+
+
+def test_the_whole_command(made_up_runs, tmp_path, capsys):
+    """Tuning, then every other run at the chosen rate, then the report; the second time nothing but the report."""
+    asked, _ = made_up_runs
+    command = ["--seeds", "3", "--epochs", "4", "--max-length", "32", "--out", str(tmp_path / "my folder")]
+    assert reproduce.main(command) == 0
+    assert len(asked) == 4 * 3 * 2 + 5 * 3 + 2 * 7 * 3
+    ft = train.parse_args(asked["FT-seed2"])
+    assert ft.lr == pytest.approx(4.5e-3) and (ft.epochs, ft.max_length, ft.ntk) == (4, 32, 100)
+    assert train.parse_args(asked["LP-FT-scale0.1-seed3"]).lr == pytest.approx(3e-3)
+    out = capsys.readouterr().out
+    assert "[1/24" in out and "FT-seed2: val 0.500, test 0.702" in out and "1. The head norm" in out
+    plan = json.loads((tmp_path / "my folder" / "plan.json").read_text())
+    assert plan["command"].endswith(f"--out '{tmp_path}/my folder'")  # to be pasted
+    assert plan["rates"]["FT"] == "4.5e-03" and len(plan["tuning"]) == 24
+    text = (tmp_path / "my folder" / "report.md").read_text()
+    assert "FT 0.0045 (None, None)" in text and "at 4.5e-03, chosen, at the edge of the grid" in text
+    asked.clear()
+    assert reproduce.main(command) == 0 and not asked
+    assert "24 of 24 runs are there already" in capsys.readouterr().out
+    assert reproduce.main([*command, "--epochs", "5"]) == 2  # refused, and the plan is still that of the runs
+    assert "choose another --out" in capsys.readouterr().err
+    assert json.loads((tmp_path / "my folder" / "plan.json").read_text()) == plan
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(made_up_runs, tmp_path, capsys):
+    """In tuning its rate is no choice; elsewhere its seed is left out of the report, and the status is 1."""
+    asked, failing = made_up_runs
+    failing |= {"tune-FT=4.5e-03-seed102", "LoRA-seed2"}
+    command = ["--seeds", "3", "--scales", "1", "--out", str(tmp_path / "x")]
+    assert reproduce.main(command) == 1
+    said = capsys.readouterr()
+    assert "tune-FT=4.5e-03-seed102: failed: the loss became infinite" in said.out
+    assert said.err.endswith("  LoRA-seed2: the loss became infinite\n")
+    assert train.parse_args(asked["FT-seed1"]).lr == pytest.approx(1.5e-3)
+    assert json.loads((tmp_path / "x" / "tables.json").read_text())["seeds"] == [1, 3]
+    failing.clear()
+    asked.clear()
+    assert reproduce.main([*command, "--no-tuning"]) == 2  # other rates: other flags
+    failing |= {"LoRA-seed1", "LoRA-seed2"}
+    assert reproduce.main(["--no-tuning", "--scales", "1", "--seeds", "2", "--out", str(tmp_path / "y")]) == 1
+    assert "no report" in capsys.readouterr().err
+
+
+def test_without_tuning_rates_are_those_of_train_py(made_up_runs, tmp_path):
+    """And tuning runs that lie there of an earlier, unfinished command are not spoken of."""
+    asked, _ = made_up_runs
+    assert reproduce.main(["--no-tuning", "--scales", "1", "--ntk", "0", "--seeds", "2", "--out", str(tmp_path / "x")]) == 0
+    assert train.parse_args(asked["FT-seed1"]).lr == 1.5e-3 and train.parse_args(asked["FT-seed1"]).ntk is None
+    assert len(asked) == 10
+    extra = tmp_path / "x" / "runs" / "tune-FT=5.0e-04-seed101"
+    extra.mkdir()
+    (extra / "result.json").write_text('{"metric": "accuracy", "accuracy": {}, "val_accuracy": 0.5}')
+    (extra / "flags.json").write_text("[]")
+    assert report.main([str(tmp_path / "x")]) == 0
+    assert "Tuning" not in (tmp_path / "x" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("file, content, said", [
+    ("runs/FT-seed1/result.json", "", "FT-seed1/result.json: not a JSON file"),
+    ("runs/FT-seed1/result.json", "[]", "FT-seed1/result.json: expected a JSON object"),
+    ("runs/FT-seed1/result.json", "{}", "FT-seed1/result.json: not what train.py writes"),
+    ("runs/LP-seed1/config.json", "{", "LP-seed1/config.json: not a JSON file"),
+    ("plan.json", "{}", "plan.json: not what reproduce.py writes"),
+    ("plan.json", None, "holds no plan.json"),
+])
+def test_a_damaged_file_is_one_line_with_its_name(made_up_runs, tmp_path, capsys, file, content, said):
+    assert reproduce.main(["--no-tuning", "--scales", "1", "--seeds", "2", "--out", str(tmp_path / "x")]) == 0
+    (tmp_path / "x" / file).unlink()
+    if content is not None:
+        (tmp_path / "x" / file).write_text(content)
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1

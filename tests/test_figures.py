@@ -1,0 +1,149 @@
+"""What a figure shows, read back from its axes: hand-made runs in, lines, marks and colours out."""
+
+import json
+
+import matplotlib.colors
+import numpy as np
+import pytest
+import torch
+
+import figures
+from report import METHODS
+
+
+def write_run(out, run, records=(), **kernel):
+    folder = out / "runs" / run
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "classifier.json").write_text(json.dumps({"labels": ["a rather long name", "b"]}))
+    if kernel:
+        np.savez(folder / "ntk.npz", **kernel)
+
+
+def colour(name):
+    return pytest.approx(matplotlib.colors.to_rgba(figures.COLOURS[name]))
+
+
+def test_each_method_has_a_colour_of_its_own():
+    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS) == len(METHODS) + 1
+    assert len(set(figures.CLASS_COLOURS)) == len(figures.CLASS_COLOURS) == figures.MOST_NAMES
+
+
+def test_head_norms_are_those_of_the_logs(tmp_path):
+    """LP's path of one seed; of the FT stage the mean over seeds by epoch; bars of what was kept."""
+    results = {}
+    for m, name in enumerate(METHODS):
+        for seed in (1, 2):
+            write_run(tmp_path, f"{name}-seed{seed}", [{"stage": "lp", "path": [[0.0, 0.3], [2.0, 0.8]]}] * ("LP" in name) + [
+                {"stage": "ft", "head_norm": m + seed + epoch, "train_accuracy": 0.1 * seed + 0.2 * epoch}
+                for epoch in (0, 1)] * (name != "LP"))
+            results[f"{name}-seed{seed}"] = {"head_norm": 10.0 * m + seed, "head_diff": 99.0}
+    lp, ft, accuracy, end, right = figures.head_norms(tmp_path, results, [1, 2]).axes
+    assert lp.lines[0].get_ydata().tolist() == [0.0, 2.0] and right.lines[0].get_ydata().tolist() == [0.3, 0.8]
+    assert [line.get_ydata().tolist() for line in ft.lines] == [[m + 1.5, m + 2.5] for m in (1, 2, 3, 4)]
+    assert accuracy.lines[0].get_ydata().tolist() == pytest.approx([0.15, 0.35])
+    assert [bar.get_height() for bar in end.patches] == [1.5, 11.5, 21.5, 31.5, 41.5]
+    assert [bar.get_facecolor() for bar in end.patches] == [colour(name) for name in METHODS]
+
+
+def test_spectra_are_means_over_seeds_of_what_the_rank_counts(tmp_path):
+    results = {f"{name}-seed{seed}": {"ntk": {"P": {"singular_values": [1.0, 0.1, 1e-9]},
+                                              "F": {"singular_values": [1.0, 0.2 * m * seed, 1e-9]}}}
+               for m, name in enumerate(METHODS) for seed in (1, 2)}
+    p, f = figures.spectra(tmp_path, results, [1, 2]).axes
+    assert p.lines[0].get_ydata().tolist() == [1.0, 0.1] and len(p.lines) == 1 and p.get_yscale() == "log"
+    assert [line.get_ydata()[1] for line in f.lines] == pytest.approx([0.3, 0.6, 0.9, 1.2])
+    assert [line.get_color() for line in f.lines] == [figures.COLOURS[name] for name in METHODS if name != "LP"]
+
+
+def test_heat_maps_are_trace_norms_sorted_by_class(tmp_path):
+    """Samples 0 and 2 are of class 1, sample 1 of class 0, which comes first; blocks diag(s, 2 s) have norm 3 s."""
+    labels = np.array([1, 0, 1])
+    strength = np.array([[1.0, 2, 3], [2, 4, 5], [3, 5, 6]])
+    kernel = np.einsum("nm,cd->ncmd", strength, np.diag([1.0, 2.0]))  # (N, C, N, C)
+    for name in METHODS:
+        if name != "LP":
+            other = kernel * (1 + np.eye(3))[:, None, :, None]
+            write_run(tmp_path, f"{name}-seed1", labels=labels, pretrain=kernel, ft=other)
+    axes = figures.trace_norms(tmp_path, {}, [1, 2]).axes
+    order = [1, 0, 2]
+    assert np.asarray(axes[0].images[0].get_array()) == pytest.approx(strength[order][:, order] / 6)
+    doubled = strength * (1 + np.eye(3))
+    assert np.asarray(axes[1].images[0].get_array()) == pytest.approx(doubled[order][:, order] / 12)
+    assert [axis.get_title() for axis in axes[:5]] == ["P, LP-FT", "F, FT", "F, LoRA", "F, LP-FT", "F, LP-LoRA"]
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["a rather lon…", "b"]
+    assert axes[0].get_xticks().tolist() == [0.0, 1.5]  # the middle of each class
+
+
+def test_feature_change_has_standard_errors():
+    """Factors 0.1, 1, 10; seeds 1, 3, 5 around each mean: standard deviation 2, standard error 2 / sqrt(3)."""
+    results = {f"LP-seed{seed}": {"accuracy": dict.fromkeys(("test", "web", "news"))} for seed in (1, 2, 3)}
+    for name, base in (("FT", 10), ("LP-FT", 20)):
+        for scale, end in ((0.1, "-scale0.1"), (1, ""), (10, "-scale10")):
+            for seed, noise in ((1, -2), (2, 0), (3, 2)):
+                diffs = {"test": base + scale + noise, "web": 1.0, "news": 3.0}
+                results[f"{name}{end}-seed{seed}"] = {"features": {k: {"diff": v} for k, v in diffs.items()}}
+    test, ood = figures.head_scales(None, results, [1, 2, 3]).axes
+    ft, lpft = test.containers
+    assert ft.lines[0].get_xdata().tolist() == [0.1, 1, 10] and test.get_xscale() == "log"
+    assert ft.lines[0].get_ydata().tolist() == pytest.approx([10.1, 11, 20])
+    assert lpft.lines[0].get_ydata().tolist() == pytest.approx([20.1, 21, 30])
+    (low, high), = {tuple(segment[:, 1] - 11) for segment in [ft.lines[2][0].get_segments()[1]]}
+    assert (low, high) == pytest.approx((-2 / 3**0.5, 2 / 3**0.5))
+    assert ood.containers[0].lines[0].get_ydata().tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match="no runs from scaled heads"):
+        figures.head_scales(None, {k: v for k, v in results.items() if "scale" not in k}, [1, 2, 3])
+
+
+def made_runs(classes=2, samples=40):
+    """{method: (features, logits, temperature, head rows)}, labels, names; the classes lie apart."""
+    labels = torch.arange(samples) % classes
+    rows = 3 * torch.eye(classes, 8)
+    features = rows[labels] + 0.1 * torch.randn(samples, 8, generator=torch.Generator().manual_seed(0))
+    logits = torch.tensor([[0.0, 2.0]]).repeat(samples, 1)  # always the second class
+    return {name: (features, logits, 2.0, rows) for name in METHODS}, labels, [f"class {c}" for c in range(classes)]
+
+
+def test_reliability_is_accuracy_by_confidence_before_and_after():
+    """One bin: confidence 1 / (1 + e^-2), then with T = 2 1 / (1 + e^-1); half of the samples are right."""
+    axis = figures.reliability(None, {}, [1], made_runs()).axes[0]
+    before, after = (scatter.get_offsets()[0] for scatter in axis.collections)
+    assert before.tolist() == pytest.approx([1 / (1 + np.exp(-2)), 0.5])
+    assert after.tolist() == pytest.approx([1 / (1 + np.exp(-1)), 0.5])
+    found, labels, names = made_runs(samples=60)
+    spread = torch.linspace(0, 4, 60)  # confidences from 1/2 to 0.98
+    logits = torch.stack([torch.zeros(60), spread], 1)
+    axis = figures.reliability(None, {}, [1], ({name: (None, logits, 1.0, None) for name in METHODS}, labels, names)).axes[0]
+    expected = len(set(np.ceil((1 / (1 + np.exp(-spread.double().numpy()))) * 15)))
+    assert len(axis.collections[0].get_offsets()) == expected == 8  # of the 15 bins, as in ECE
+
+
+def test_maps_of_features_show_each_class_in_its_colour_beside_its_head_row():
+    axis = figures.feature_maps(None, {}, [1], made_runs()).axes[0]
+    first, star, second, other_star = (collection.get_offsets() for collection in axis.collections)
+    assert len(first) == len(second) == 20 and len(star) == 1
+    near = np.linalg.norm(first - star, axis=1).mean()
+    assert near < np.linalg.norm(first - other_star, axis=1).mean()
+    assert tuple(axis.collections[0].get_facecolor()[0][:3]) == matplotlib.colors.to_rgb(figures.CLASS_COLOURS[0])
+    assert figures.feature_maps(None, {}, [1], made_runs(classes=20)).legends == []  # it would hide the maps
+    with pytest.raises(ValueError, match="too few for t-SNE"):
+        figures.feature_maps(None, {}, [1], made_runs(samples=4))
+
+
+def test_what_cannot_be_drawn_is_named_and_the_rest_is_drawn(tmp_path):
+    """Runs whose weights are gone: no maps, but norms and spectra; a picture of other runs does not stay."""
+    results = {}
+    for name in METHODS:
+        for seed in (1, 2):
+            write_run(tmp_path, f"{name}-seed{seed}", [{"stage": "lp", "path": [[0.0, 0.3], [2.0, 0.8]]}] * ("LP" in name) + [
+                {"stage": "ft", "head_norm": 1.0, "train_accuracy": 0.5}] * (name != "LP"))
+            results[f"{name}-seed{seed}"] = {"head_norm": 1.0, "ntk": {
+                kernel: {"singular_values": [1.0, 0.5]} for kernel in "PF"}}
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "features.png").write_text("old")
+    (tmp_path / "runs" / "FT-seed1" / "ntk.npz").write_text("cut")
+    drawn, problems = figures.make_all(tmp_path, results, 2)
+    assert sorted(drawn.values()) == ["head-norm", "spectra"] and len(problems) == 4
+    assert all(len(problem.splitlines()) == 1 for problem in problems)
+    assert not (tmp_path / "figures" / "features.png").exists()
+    assert (tmp_path / "figures" / "head-norm.svg").stat().st_size > 5000
