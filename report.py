@@ -156,10 +156,10 @@ def cell(found, key):
 
 
 def number(x):
-    """Three digits behind the point, fewer for large and for whole numbers, two that count for small ones."""
+    """Three digits behind the point, fewer for large and for whole numbers, one that counts for very small ones."""
     if float(x).is_integer() or abs(x) >= 100:
         return f"{x:.0f}" if x else "0"
-    return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}" if abs(x) >= 0.01 else f"{x:.2g}"
+    return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}" if abs(x) >= 0.001 else f"{x:.1g}"
 
 
 # ---------------------------------------------------------------------------- the report
@@ -288,7 +288,7 @@ def table_rows(table):
 
 def as_markdown(title, intro, judged, filled, figures, commands):
     lines = [f"# {title}", "", "\n\n".join(intro), "", "## The seven claims", "",
-             "| measured | mean | 95 % interval | claimed | verdict |", "|---|---|---|---|---|"]
+             "| measured | mean | 95 % interval | bound | verdict |", "|---|---|---|---|---|"]
     for cells, heads in claim_rows(judged):
         cells = [cell.replace("|", "\\|") for cell in cells]
         lines.append("| " + " | ".join(f"**{cell}**" if heads and cell else cell for cell in cells) + " |")
@@ -308,9 +308,10 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1em; max-w
 table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: clamp(11px, 2.9vw, 14px); }
 td, th { box-sizing: border-box; padding: .25em .3em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
          overflow-wrap: anywhere; hyphens: auto; }
-th:first-child { width: 24%; } .commands th:nth-child(1) { width: 21%; } .commands th:nth-child(2) { width: 13%; }
-.claims th:nth-child(1) { width: 32%; }
-.claims th:nth-child(2) { width: 13%; } .claims th:nth-child(4) { width: 15%; } .claims th:nth-child(5) { width: 21%; }
+th { font-size: .85em; letter-spacing: -.02em; } th:first-child { width: 20%; }
+.commands th:nth-child(1) { width: 21%; } .commands th:nth-child(2) { width: 15%; }
+.claims th:nth-child(1) { width: 31%; } .claims th:nth-child(2) { width: 14%; } .claims th:nth-child(4) { width: 15%; }
+.claims th:nth-child(5) { width: 21%; }
 .head td { font-weight: 600; border-top: 2px solid #999; } small { color: #666; }
 code { overflow-wrap: anywhere; } img { width: 100%; height: auto; }
 .holds { color: #00664b; } .does { color: #a33f00; } .undecided, .not { color: #555; }
@@ -328,7 +329,7 @@ def as_html(title, intro, judged, filled, figures, commands, out):
 
     body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{code(text)}</p>" for text in intro),
             "<h2>The seven claims</h2><table class=claims>",
-            row(["measured", "mean", "95 % interval", "claimed", "verdict"], "th")]
+            row(["measured", "mean", "95 % interval", "bound", "verdict"], "th")]
     for cells, heads in claim_rows(judged):
         verdict = f"<span class='{cells[-1].split()[0]}'>{html.escape(cells[-1])}</span>"
         if heads:

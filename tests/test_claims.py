@@ -78,6 +78,9 @@ def test_one_part_that_does_not_hold_ends_a_claim():
         results[f"LP-FT-seed{seed}"]["features"]["test"]["fdr"] = 3.5
     verdict, parts = judged(results, 2)
     assert verdict == "does not hold" and [part["verdict"] for part in parts.values()].count("does not hold") == 1
+    for seed in (1, 2, 3):
+        results[f"FT-seed{seed}"]["ntk"]["F"]["rank"] = 6  # as that of P, in every seed
+    assert only(judged(results, 4, "rank: F - P, FT"))["verdict"] == "does not hold"
     results = made_up() | {"LP-FT-seed2": made_up(-1)["LP-FT-seed2"]}
     verdict, parts = judged(results, 2)
     assert verdict == "undecided" and all(part["lower"] < 0 < part["upper"] for part in parts.values())

@@ -172,8 +172,8 @@ def test_a_rate_of_which_a_run_failed_is_no_choice():
 
 
 def test_numbers_are_short():
-    assert [report.number(x) for x in (300.0, 95.4, 1234.56, 0.12345, 0.0012345, 0.0, -0.0, -2.0)] == [
-        "300", "95.4", "1235", "0.123", "0.0012", "0", "0", "-2"]
+    assert [report.number(x) for x in (300.0, 95.4, 1234.56, 0.12345, 0.0098, 0.00054, 0.0, -0.0, -2.0)] == [
+        "300", "95.4", "1235", "0.123", "0.010", "0.0005", "0", "0", "-2"]
 
 
 def test_the_report_is_one_file_with_every_figure(folder, written):
