@@ -57,10 +57,12 @@ def test_spectra_are_means_over_seeds_of_what_the_rank_counts(tmp_path):
 
 
 def test_heat_maps_are_trace_norms_sorted_by_class(tmp_path):
-    """Samples 0 and 2 are of class 1, sample 1 of class 0, which comes first; blocks diag(s, 2 s) have norm 3 s."""
+    """Samples 0 and 2 are of class 1, sample 1 of class 0, which comes first. A block of singular values 1 and 2 has
+    norm 3, one of 3 and 0 too."""
     labels = np.array([1, 0, 1])
     strength = np.array([[1.0, 2, 3], [2, 4, 5], [3, 5, 6]])
     kernel = np.einsum("nm,cd->ncmd", strength, np.diag([1.0, 2.0]))  # (N, C, N, C)
+    kernel[2, :, 2] = 6 * np.diag([3.0, 0.0])
     for name in METHODS:
         if name != "LP":
             other = kernel * (1 + np.eye(3))[:, None, :, None]

@@ -6,6 +6,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -302,6 +303,35 @@ def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch
     assert partial.is_dir()
 
 
+def test_an_interruption_ends_the_run_that_is_going_and_begins_no_other(tmp_path, monkeypatch):
+    """It is told by SIGTERM, at which it saves its state."""
+    begun, ended = [], []
+
+    class Process:
+        def __init__(self, command, **more):
+            self.told = threading.Event()
+            begun.append(self)
+
+        def wait(self):
+            return 0 if self.told.wait(20) is None else 130
+
+        def terminate(self):
+            ended.append(self)
+            self.told.set()
+
+    def ctrl_c(futures):
+        while not begun:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
+    monkeypatch.setattr(reproduce, "as_completed", ctrl_c)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run_all(reproduce.parse_args(["--jobs", "1", "--out", str(tmp_path)]), {"one": [], "two": [], "three": []})
+    assert len(begun) == 1 and set(begun) == set(ended)
+
+
 # ---------------------------------------------------------------------------- the whole command, its runs made up
 
 
@@ -333,7 +363,11 @@ def made_up_runs(monkeypatch, tmp_path):
     return asked, FAILING
 
 
-def test_the_whole_command(made_up_runs, tmp_path, capsys):
+def interrupted(*some):
+    raise KeyboardInterrupt
+
+
+def test_the_whole_command(made_up_runs, tmp_path, capsys, monkeypatch):
     """Tuning, then every other run at the chosen rate, then the report; the second time nothing but the report."""
     asked, _ = made_up_runs
     command = ["--seeds", "3", "--epochs", "4", "--max-length", "32", "--out", str(tmp_path / "my folder")]
@@ -352,6 +386,9 @@ def test_the_whole_command(made_up_runs, tmp_path, capsys):
     asked.clear()
     assert reproduce.main(command) == 0 and not asked
     assert "24 of 24 runs are there already" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "run_all", interrupted)
+        assert reproduce.main(command) == 130 and "the same command goes on" in capsys.readouterr().err
     assert reproduce.main([*command, "--epochs", "5"]) == 2  # refused, and the plan is still that of the runs
     assert "choose another --out" in capsys.readouterr().err
     assert json.loads((tmp_path / "my folder" / "plan.json").read_text()) == plan
@@ -395,6 +432,7 @@ def test_without_tuning_rates_are_those_of_train_py(made_up_runs, tmp_path):
     ("runs/FT-seed1/result.json", "[]", "FT-seed1/result.json: expected a JSON object"),
     ("runs/FT-seed1/result.json", "{}", "FT-seed1/result.json: not what train.py writes"),
     ("runs/LP-seed1/config.json", "{", "LP-seed1/config.json: not a JSON file"),
+    ("runs/LP-seed1/result.json", '{"metric": "accuracy", "val_accuracy": 1, "accuracy": {"web": 1}}', "no test split"),
     ("plan.json", "{}", "plan.json: not what reproduce.py writes"),
     ("plan.json", None, "holds no plan.json"),
 ])
