@@ -209,7 +209,7 @@ def check_data(args):
     rows = read_task(args.data, args.data_dir)
     if "test" not in rows.splits:
         raise ValueError(f"--data {args.data}: has no test split, which tables and claims are about")
-    labels = {name: rows.indices[name][wanted] for name, (_, wanted) in rows.splits.items()}
+    labels = rows.indices
     for seed in range(1, args.seeds + 1) if args.ntk else ():
         drawn = draw(np.arange(len(labels["train"])), args.max_train, seed)
         of_seed = labels | {"train": labels["train"][drawn]}

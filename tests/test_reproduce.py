@@ -250,6 +250,14 @@ def test_data_that_a_run_would_refuse_are_refused_before_the_first(tmp_path, cap
         assert said in error and len(error.splitlines()) == 1 and not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("name", ["train, val and test", "train and test"])
+def test_data_that_fit_are_not_refused(random_folder, tmp_path, name):
+    """Without val, validation is the end of train: it is counted there."""
+    for split in name.replace("and ", "").replace(",", "").split():
+        (tmp_path / f"{split}.tsv").write_text("text\tlabel\n" + "good\tyes\nbad\tno\n" * 40)
+    reproduce.check_data(reproduce.parse_args(["--data", str(tmp_path), "--model", str(random_folder), "--ntk", "30"]))
+
+
 def test_scaled_runs_are_those_of_fig_3_with_the_chosen_rates():
     args = reproduce.parse_args(["--seeds", "2"])
     runs = reproduce.scale_runs(args, {"FT": "7e-4"})
