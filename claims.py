@@ -7,9 +7,11 @@ seed, and a margin that the number has to exceed. Over seeds the numbers have a 
 (Student's t): the part holds if the interval is above the margin, does not hold if it is below, and is
 undecided if the margin is inside. A claim holds if every part does and does not hold if one does not.
 
-Two rules keep chance out that seeds do not see. Scores that differ from the margin by fewer than 6 test
-samples decide nothing, whatever the seeds say: of 5 samples that all go one way the sign test (McNemar's)
-still says p = 0.06. And where the kernel P has full rank no rank can be above it, so that is not measured.
+Bounds other than 0 are this project's reading of the paper's words: "far more" is twice, "matches" is at most one
+point less, "nearly" is nine tenths of a rank and half of a singular value.
+
+All runs share their test samples, whose chance seeds do not see. So a score that is closer to its bound than 6
+samples is undecided, whatever the seeds say: of 5 that all go one way the sign test (McNemar's) still says p = 0.06.
 """
 
 import math
@@ -37,21 +39,22 @@ class Part:
     name: str
     measure: Callable  # Runs of one seed -> the number
     margin: float = 0.0
-    samples: Callable | None = None  # Runs of one seed -> test samples behind it, if it is a score
+    samples: Callable | None = None  # Runs of one seed -> how many test samples it is above the margin, if a score
 
 
 class Runs:
     """The results of one seed by run name; remembers what was asked for."""
 
     def __init__(self, results, seed):
-        self.results, self.seed, self.used = results, seed, {}
+        self.results, self.seed, self.used = results, seed, []
 
     def number(self, name, *keys):
-        """The number under `keys` in the result of a run, or NotMeasured."""
+        """The number, or the array of numbers, under `keys` in the result of a run; NotMeasured if it is not there."""
         run = f"{name}-seed{self.seed}"
         if run not in self.results:
             raise NoRun(f"no run {run}")
-        self.used[f"runs/{run}/result.json", ".".join(keys)] = True
+        source = [f"runs/{run}/result.json", ".".join(keys)]
+        self.used += [source] * (source not in self.used)
         found = look_up(self.results[run], keys)
         if found is None:
             raise NotMeasured(f"no {'.'.join(keys)} in {run}")
@@ -65,9 +68,11 @@ class Runs:
 
 
 def look_up(result, keys):
-    """The number under `keys` in nested dicts; None if there is none or it is not finite."""
+    """The number under `keys` in nested dicts, or the list of numbers as an array; None if it is not that or not finite."""
     for key in keys:
         result = result.get(key) if isinstance(result, dict) else None
+    if isinstance(result, list):
+        return np.array(result) if result and all(isinstance(x, (int, float)) for x in result) else None
     number = isinstance(result, (int, float)) and not isinstance(result, bool) and math.isfinite(result)
     return result if number else None
 
@@ -84,110 +89,131 @@ def scale_names(results):
 
 def claims(metric, splits, scales):
     """[(claim, [Part])]; `scales` as scale_names makes them."""
-    test = [split for split in splits if split == "test"]
-    ood = [split for split in splits if split != "test"]
-    places = [("in distribution", test)] + [("out of distribution", ood)] * bool(ood)
+    test, ood = ([split for split in splits if (split == "test") == wanted] for wanted in (True, False))
+    places = {"in distribution": test} | ({"out of distribution": ood} if ood else {})
     return [
-        ("The head norm grows far more (at least twice as much) in LP than in FT or LoRA",
-         [Part(f"growth of the norm: LP - 2 x {other}", lambda of, other=other: growth(of, "LP") - 2 * growth(of, other))
-          for other in ("FT", "LoRA")]),
-        ("Features move less in LP-FT than in FT", [
-            part for place, of_place in places for part in (
-                Part(f"Diff(F): FT - LP-FT, {place}", difference("FT", "LP-FT", "features", of_place, "diff")),
-                Part(f"CS(F): LP-FT - FT, {place}", difference("LP-FT", "FT", "features", of_place, "cs")),
-                Part(f"FDR(F): FT - LP-FT, {place}", difference("FT", "LP-FT", "features", of_place, "fdr")))]),
-        ("LP-FT matches or beats FT in distribution and beats it out of distribution; LP is weakest in distribution", [
-            score("LP-FT", "FT", metric, test, " (one point less is a match)", margin=-0.01),
-            score("LP-FT", "FT", metric, ood, ", out of distribution"),
-            *[score(name, "LP", metric, test) for name in ("FT", "LoRA", "LP-FT", "LP-LoRA")]]),
-        ("F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT than in FT", [
-            *[part for name in ("FT", "LP-FT") for part in kernel_parts(name)],
-            Part("FT ratio: LP-FT - FT",
-                 lambda of: of.number("LP-FT", "ntk", "ft_ratio") - of.number("FT", "ntk", "ft_ratio"))]),
+        ("The head norm grows far more (at least twice as much) in LP than in FT or LoRA", head_norm_parts()),
+        ("Features move less in LP-FT than in FT", feature_parts(places)),
+        ("LP-FT matches or beats FT in distribution and beats it out of distribution; LP is weakest in distribution",
+         [score("LP-FT", "FT", metric, test, " (one point less is a match)", margin=-0.01),
+          score("LP-FT", "FT", metric, ood, ", out of distribution"),
+          *(score(name, "LP", metric, test) for name in ("FT", "LoRA", "LP-FT", "LP-LoRA"))]),
+        ("F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT than in FT",
+         kernel_parts("FT") + kernel_parts("LP-FT")
+         + [Part("FT ratio: LP-FT - FT", difference("LP-FT", "FT", "ntk", "ft_ratio"))]),
         ("F under LoRA has nearly the rank and the normalised spectrum of F under FT",
-         [part for pair in (("FT", "LoRA"), ("LP-FT", "LP-LoRA")) for part in likeness_parts(*pair)]),
-        ("A larger starting head norm makes the feature change smaller",
-         [part for place, of_place in places for name in ("FT", "LP-FT")
-          for part in scale_parts(name, place, of_place, scales)]),
-        ("LP-FT is worse calibrated (has a higher ECE) than FT and gains most from temperature scaling", [
-            part for place, of_place in places for part in (
-                Part(f"ECE: LP-FT - FT, {place}", difference("LP-FT", "FT", "calibration", of_place, "ece")),
-                *[Part(f"fall of ECE by T: LP-FT - {other}, {place}", lambda of, of_place=of_place, other=other: (
-                    gain(of, "LP-FT", of_place) - gain(of, other, of_place)))
-                  for other in ("LP", "FT", "LoRA", "LP-LoRA")])]),
+         likeness_parts("FT", "LoRA") + likeness_parts("LP-FT", "LP-LoRA")),
+        ("A larger starting head norm makes the feature change smaller", scale_parts(places, scales)),
+        ("LP-FT is worse calibrated (has a higher ECE) than FT and gains most from temperature scaling",
+         calibration_parts(places)),
     ]
 
 
-def difference(one, other, group, splits, *keys):
+def difference(one, other, *keys):
+    """The measure: a number of one method minus that of another."""
+    return lambda of: of.number(one, *keys) - of.number(other, *keys)
+
+
+def mean_difference(one, other, group, splits, *keys):
+    """The same for the mean over splits."""
     return lambda of: of.mean(one, group, splits, *keys) - of.mean(other, group, splits, *keys)
 
 
+def head_norm_parts():
+    def growth(of, name):
+        return of.number(name, "head_norm") - of.number(name, "head_norm_initial")
+
+    def twice(other):
+        return lambda of: growth(of, "LP") - 2 * growth(of, other)
+
+    return [Part(f"growth of the norm: LP - 2 x {other}", twice(other)) for other in ("FT", "LoRA")]
+
+
+def feature_parts(places):
+    parts = []
+    for place, splits in places.items():
+        for label, key, one, other in (("Diff(F): FT - LP-FT", "diff", "FT", "LP-FT"),
+                                       ("CS(F): LP-FT - FT", "cs", "LP-FT", "FT"),
+                                       ("FDR(F): FT - LP-FT", "fdr", "FT", "LP-FT")):
+            parts.append(Part(f"{label}, {place}", mean_difference(one, other, "features", splits, key)))
+    return parts
+
+
 def score(one, other, metric, splits, note="", margin=0.0):
-    """A difference of test scores, with the number of samples that it is measured on."""
-    return Part(f"{metric}: {one} - {other}{note}", difference(one, other, metric, splits), margin,
-                lambda of: sum(of.number(one, "samples", split) for split in splits))
+    """A difference of test scores; the samples are counted by accuracy, whatever the metric."""
+    def samples(of):
+        return sum(of.number(one, "samples", split) * (of.number(one, "accuracy", split)
+                                                       - of.number(other, "accuracy", split) - margin)
+                   for split in splits)
 
-
-def growth(of, name):
-    return of.number(name, "head_norm") - of.number(name, "head_norm_initial")
-
-
-def gain(of, name, splits):
-    """What temperature scaling takes off the ECE."""
-    return of.mean(name, "calibration", splits, "ece") - of.mean(name, "calibration", splits, "ece_scaled")
+    return Part(f"{metric}: {one} - {other}{note}", mean_difference(one, other, metric, splits), margin, samples)
 
 
 def kernel_parts(name):
     """F against P where the FT stage of a method starts."""
     def rank(of):
-        if of.number(name, "ntk", "P", "rank") == len(of.results[f"{name}-seed{of.seed}"]["ntk"]["P"]["singular_values"]):
-            raise NotMeasured("P has full rank, N C, and nothing can be above it")
-        return of.number(name, "ntk", "F", "rank") - of.number(name, "ntk", "P", "rank")
+        ranks, full = [of.number(name, "ntk", kernel, "rank") for kernel in "PF"], len(
+            of.number(name, "ntk", "P", "singular_values"))
+        if ranks == [full, full]:
+            raise NotMeasured("P and F have full rank, N C")
+        return ranks[1] - ranks[0]
 
-    def regression(of):
+    def regression(of):  # each seed draws its own test samples
         return of.number(name, "ntk", "F", "test_accuracy") - of.number(name, "ntk", "P", "test_accuracy")
 
-    return [Part(f"rank: F - P, {name}", rank),
-            Part(f"test accuracy of regression: F - P, {name}", regression,
-                 samples=lambda of: of.number(name, "ntk", "test_samples"))]
+    return [Part(f"rank: F - P, {name}", rank), Part(f"test accuracy of regression: F - P, {name}", regression)]
 
 
 def likeness_parts(one, other):
     """How alike F is for two methods: 1 is equal."""
     def ranks(of):
-        return sorted(of.number(name, "ntk", "F", "rank") for name in (one, other))
+        smaller, larger = sorted(of.number(name, "ntk", "F", "rank") for name in (one, other))
+        if not smaller:
+            raise NotMeasured("F is zero")
+        return smaller, larger
 
     def rank_ratio(of):
         smaller, larger = ranks(of)
-        if not smaller:
-            raise NotMeasured("F is zero")
         return smaller / larger
 
     def spectrum_ratio(of):  # over the singular values that both ranks count
         count = ranks(of)[0]
-        if not count:
-            raise NotMeasured("F is zero")
-        a, b = (np.array(of.results[f"{name}-seed{of.seed}"]["ntk"]["F"]["singular_values"][:count])
-                for name in (one, other))
+        a, b = (of.number(name, "ntk", "F", "singular_values")[:count] for name in (one, other))
         return float(np.exp(-np.abs(np.log(a / b)).mean()))
 
     return [Part(f"rank, {one} and {other}: smaller / larger", rank_ratio, 0.9),
             Part(f"singular values, {one} and {other}: geometric mean of smaller / larger", spectrum_ratio, 0.5)]
 
 
-def scale_parts(name, place, splits, scales):
+def scale_parts(places, scales):
     """How Diff(F) falls with the head: over all factors, and where the head is only made larger."""
-    def fall(least):  # per factor of ten, by least squares
+    def fall(name, splits, least):  # per factor of ten, by least squares
         def measure(of):
             factors = [factor for factor in scales if factor >= least]
             if len(factors) < 2:
-                raise NotMeasured("no runs from scaled heads")
+                raise NotMeasured("no runs from larger heads" if least else "no runs from scaled heads")
             diffs = [of.mean(scales[factor][name], "features", splits, "diff") for factor in factors]
             return -float(np.polyfit(np.log10(factors), diffs, 1)[0])
         return measure
 
-    return [Part(f"fall of Diff(F) per factor 10 of the head, {name}, {place}", fall(0)),
-            Part(f"fall of Diff(F) per factor 10 from 1 up, {name}, {place}", fall(1))]
+    return [Part(f"fall of Diff(F) per factor 10 {which}, {name}, {place}", fall(name, splits, least))
+            for place, splits in places.items() for name in ("FT", "LP-FT")
+            for which, least in (("of the head", 0), ("from 1 up", 1))]
+
+
+def calibration_parts(places):
+    def gain(of, name, splits):  # what temperature scaling takes off the ECE
+        return of.mean(name, "calibration", splits, "ece") - of.mean(name, "calibration", splits, "ece_scaled")
+
+    def gain_difference(other, splits):
+        return lambda of: gain(of, "LP-FT", splits) - gain(of, other, splits)
+
+    parts = []
+    for place, splits in places.items():
+        parts.append(Part(f"ECE: LP-FT - FT, {place}", mean_difference("LP-FT", "FT", "calibration", splits, "ece")))
+        parts += [Part(f"fall of ECE by T: LP-FT - {other}, {place}", gain_difference(other, splits))
+                  for other in ("LP", "FT", "LoRA", "LP-LoRA")]
+    return parts
 
 
 # ---------------------------------------------------------------------------- the verdicts
@@ -197,7 +223,8 @@ def judge(results, seeds):
     """[{claim, verdict, parts: [{part, margin, verdict, mean, lower, upper, values, seeds, sources}]}].
 
     results {run: what result.json holds}. A part uses the seeds that have its runs; with fewer than two, or where
-    a number is not defined, it is "not measured", and `why` says so. sources are [file, key] pairs.
+    a number is not defined, it is "not measured", and `why` says so. sources are [file, key] pairs. A claim holds
+    where every part does, does not hold where one does not, and is undecided in between.
     """
     first = results[f"LP-seed{seeds[0]}"]
     judged = []
@@ -215,33 +242,30 @@ def judge(results, seeds):
 
 def judge_part(part, results, seeds):
     judged = {"part": part.name, "margin": part.margin}
-    values, used, samples, why = {}, {}, [], None
+    values, samples, sources, why = {}, [], [], None
     for seed in seeds:
         runs = Runs(results, seed)
         try:
             values[seed] = float(part.measure(runs))
             samples += [part.samples(runs)] if part.samples else []
-        except NoRun as error:
+            sources += runs.used
+        except NoRun as error:  # the other seeds are judged
             why = str(error)
-        except NotMeasured as error:
+        except NotMeasured as error:  # leaving out a seed where a number is not defined would choose among seeds
             return judged | {"verdict": "not measured", "why": str(error)}
-        else:
-            used |= runs.used
     if len(values) < 2:
         return judged | {"verdict": "not measured", "why": why}
-    mean, lower, upper = confidence_interval(list(values.values()))
+    mean, lower, upper = confidence_interval([*values.values()])
     verdict = "holds" if lower > part.margin else "does not hold" if upper <= part.margin else "undecided"
-    if samples and abs(mean - part.margin) * min(samples) < LEAST_SAMPLES - 1e-9:
+    if samples and abs(statistics.mean(samples)) < LEAST_SAMPLES - 1e-9:
         verdict = "undecided"
     return judged | {"verdict": verdict, "mean": mean, "lower": lower, "upper": upper, "values": [*values.values()],
-                     "seeds": [*values], "sources": [list(source) for source in used]}
+                     "seeds": [*values], "sources": sources}
 
 
 def confidence_interval(values):
-    """(mean, lower, upper) of the 95 % interval of the mean by Student's t; inf for a single value."""
+    """(mean, lower, upper) of the 95 % interval of the mean of two or more numbers, by Student's t."""
     n, mean = len(values), statistics.mean(values)
-    if n < 2:
-        return mean, -math.inf, math.inf
     half = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
     return mean, mean - half, mean + half
 

@@ -120,6 +120,26 @@ def test_scores_that_differ_by_few_test_samples_decide_nothing():
         assert part["verdict"] == verdict and part["lower"] == pytest.approx(samples / 1000)
 
 
+def test_samples_are_counted_split_by_split_by_accuracy_and_from_the_bound():
+    """Two of 10 samples are two, however large the other split; a Matthews of 0.5 may be one; 4 of 400 from a tie to
+    one point less are 4."""
+    results = made_up()
+    for result in results.values():
+        if "samples" in result:
+            result["samples"] |= {"test": 400, "web": 10, "news": 10000}
+            result["matthews"] = dict(result["accuracy"])
+    for seed in (1, 2, 3):
+        ft, lpft = (results[f"{name}-seed{seed}"] for name in ("FT", "LP-FT"))
+        lpft["accuracy"] |= ft["accuracy"] | {"web": ft["accuracy"]["web"] + 0.2}
+    out = only(judged(results, 3, "accuracy: LP-FT - FT, out"))
+    assert out["mean"] == pytest.approx(0.1) and out["verdict"] == "undecided"
+    assert only(judged(results, 3, "accuracy: LP-FT - FT (one"))["verdict"] == "undecided"
+    for result in results.values():
+        result["metric"] = "matthews"
+    part = only(judged(results, 3, "matthews: LP-FT - FT (one"))
+    assert part["mean"] == pytest.approx(0.1) and part["verdict"] == "undecided"
+
+
 def test_out_of_distribution_is_the_mean_over_those_splits_alone():
     results = made_up()
     for seed in (1, 2, 3):
@@ -147,8 +167,12 @@ def test_nearly_is_nine_tenths_of_the_rank_and_half_of_the_singular_values():
 
 
 def test_a_rank_above_full_rank_is_not_asked_for():
+    """Where F has it, too; an F of lower rank speaks against the claim."""
     results = made_up()
-    results["FT-seed2"]["ntk"]["P"]["rank"] = 9
+    for seed in (1, 2, 3):
+        results[f"FT-seed{seed}"]["ntk"]["P"]["rank"] = 9
+    assert judged(results, 4)[1]["rank: F - P, FT"]["mean"] == -1
+    results["FT-seed2"]["ntk"]["F"]["rank"] = 9
     verdict, parts = judged(results, 4)
     assert verdict == "undecided" and parts["rank: F - P, FT"]["verdict"] == "not measured"
     assert "full rank" in parts["rank: F - P, FT"]["why"]
@@ -181,7 +205,8 @@ def test_scaled_heads_are_judged_on_the_seeds_that_have_them():
     assert part["seeds"] == [1, 2] and part["verdict"] == "holds"
     unscaled = {name: result for name, result in made_up().items() if "scale" not in name}
     verdict, parts = judged(unscaled, 6)
-    assert verdict == "not measured" and {part["why"] for part in parts.values()} == {"no runs from scaled heads"}
+    assert verdict == "not measured" and {part["why"] for part in parts.values()} == {
+        "no runs from scaled heads", "no runs from larger heads"}
 
 
 def test_a_fall_that_ends_at_the_head_itself_is_seen():
@@ -202,3 +227,5 @@ def test_a_fall_that_ends_at_the_head_itself_is_seen():
 def test_each_part_names_the_files_and_keys_behind_it():
     part = only(judged(made_up(), 4, "FT ratio"))
     assert ["runs/FT-seed2/result.json", "ntk.ft_ratio"] in part["sources"] and len(part["sources"]) == 6
+    part = only(judged(made_up(), 5, "singular values, FT and LoRA"))
+    assert ["runs/LoRA-seed1/result.json", "ntk.F.singular_values"] in part["sources"]
