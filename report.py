@@ -23,7 +23,7 @@ from resume import status_of, write_text
 
 METHODS = {"LP": ("lp", False), "FT": ("ft", False), "LoRA": ("ft", True), "LP-FT": ("lpft", False),
            "LP-LoRA": ("lpft", True)}  # (train.py's --method, --lora)
-PLAN = "plan.json"  # what reproduce.py was asked for: {command, seeds, tuning: [names], rates: {method: rate}}
+PLAN = "plan.json"  # of reproduce.py: {command, seeds, tuning: [names], rates: {method: rate}, runs: [names]}
 
 
 # ---------------------------------------------------------------------------- what is there
@@ -41,6 +41,17 @@ def read_results(out):
                 raise ValueError(f"{path}: not what train.py writes; expected a metric and its scores")
     tuning = {name: result for name, result in found.items() if name.startswith("tune-")}
     return {name: result for name, result in found.items() if name not in tuning}, tuning
+
+
+def read_flags(path):
+    """The flags of train.py in a file of reproduce.py."""
+    try:
+        flags = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        flags = None
+    if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
+        raise ValueError(f"{path}: not the flags of a run, a list of strings")
+    return flags
 
 
 def complete_seeds(results, most, runs=tuple(METHODS)):
@@ -90,6 +101,7 @@ def tuning_table(tuning, plan):
             if found := validation_scores(tuning, rates[rate]):
                 edge = ", at the edge of the grid" * (rate in (grid[0], grid[-1]))
                 note = f" at {rate}" + f", chosen{edge}" * (rate == plan["rates"].get(method))
+                note += ", a run failed" * (len(found) < len(rates[rate]))
                 table[method][column] = cell(found, "val_METRIC") | {"note": note}
     return table
 
@@ -170,8 +182,8 @@ READING = (
     "mean cosine similarity of the features of two texts, Diff(F) how far features moved from the pre-trained ones, "
     "FDR(F) Fisher's ratio of the spread between classes to that within, Norm(F) their mean length; Norm(C) and Diff(C) "
     "are ||V|| and how far V moved in the FT stage (in LP, from 0). Theta = P + F is the neural tangent kernel of N "
-    "training samples and C classes, an NC x NC matrix: P the head's part, F the encoder's. FT ratio is the share of F "
-    "in the first step. Kernel regression is scored by class, and per logit: on each of the C yes-or-no decisions about "
+    "training samples and C classes, an NC x NC matrix: P the head's part, F the encoder's. FT ratio is the "
+    "length of F's part of the first step over that of the whole step. Kernel regression is scored by class, and per logit: on each of the C yes-or-no decisions about "
     "a text. ECE and MCE are the mean and the largest gap between confidence and accuracy, T the temperature that "
     "logits are divided by. An empty cell: the method has no such number, or not in every seed.")
 
@@ -180,6 +192,8 @@ def write_report(out):
     """report.md, report.html and tables.json of the finished runs; prints the verdicts."""
     plan = read_plan(out)
     results, tuning = read_results(out)
+    missing = [name for name in plan["runs"] if name not in results]
+    results = {name: results[name] for name in plan["runs"] if name in results}  # not those of earlier plans
     try:
         seeds = complete_seeds(results, plan["seeds"])
     except ValueError as error:
@@ -201,11 +215,12 @@ def write_report(out):
         intro[0] += f" The kernel is of {kernel} training samples, N."
     commands = command_rows(out, judged)
     figures, problems = draw_figures(out, results, plan["seeds"])
+    intro += [f"Not finished, and left out: {', '.join(missing)}."] * bool(missing)
     intro += [f"Not drawn: {problem}." for problem in problems]
     write_text(out / "report.md", as_markdown(title, intro, judged, filled, figures, commands))
     write_text(out / "report.html", as_html(title, intro, judged, filled, figures, commands, out))
-    for number_of, claim in enumerate(judged, 1):
-        print(f"{number_of}. {claim['claim']}: {claim['verdict']}")
+    for i, claim in enumerate(judged, 1):
+        print(f"{i}. {claim['claim']}: {claim['verdict']}")
     for problem in problems:
         print(f"not drawn: {problem}")
     print(f"report: {out / 'report.html'}, {out / 'report.md'}")
@@ -216,7 +231,8 @@ def read_plan(out):
         raise ValueError(f"{out}: holds no {PLAN}; expected the --out of reproduce.py, its tuning runs finished")
     plan = read_json(out / PLAN)
     if not (isinstance(plan.get("command"), str) and isinstance(plan.get("seeds"), int)
-            and isinstance(plan.get("tuning"), list) and isinstance(plan.get("rates"), dict)):
+            and isinstance(plan.get("tuning"), list) and isinstance(plan.get("rates"), dict)
+            and isinstance(plan.get("runs"), list)):
         raise ValueError(f"{out / PLAN}: not what reproduce.py writes")
     return plan
 
@@ -231,11 +247,14 @@ def introduction(out, plan, first, seeds):
     samples = ", ".join(f"{split} {count}" for split, count in first.get("samples", {}).items())
     return [
         f"Made by `{plan['command']}`. Samples: {samples}.",
-        "Mean ± standard deviation over seeds; intervals are 95 % of the mean paired difference over seeds (Student's "
-        "t), each for itself. Seeds vary head, dropout, order and the samples of the kernel, and with --max-train the "
-        "training samples: an interval says nothing about other data or another encoder. A claim holds where all its "
-        "parts do and does not hold where one does not; differences of fewer than 6 test samples are undecided "
-        "whatever the seeds say. Every number, with the files and the key behind it: `tables.json`.",
+        "Mean ± standard deviation over seeds; intervals are the 95 % intervals of a mean over seeds (Student's t), "
+        "mostly of a paired difference. Each is 95 % by itself: of ten parts that are all exactly at their bound, one "
+        "in four claims would show a part that holds or does not hold by chance. Seeds vary head, dropout, order and "
+        "the samples of the kernel, and with --max-train the training samples: an interval says nothing about other "
+        "data or another encoder. A claim holds where all its parts do, does not hold where one does not, and is "
+        "undecided else. Bounds other than 0 are this project's reading of the paper's \"far\", \"matches\" and "
+        "\"nearly\". A score closer to its bound than 6 test samples is undecided whatever the seeds say, because "
+        "all runs share the test samples. Every number, with the files and the key behind it: `tables.json`.",
         f"Learning rate (batch size, epochs): {', '.join(used)}. " + (
             "Rates were chosen by the mean validation score over two tuning seeds of their own, in the last table. "
             if plan["tuning"] else "They are train.py's own, not tuned here. ")
@@ -252,29 +271,31 @@ def draw_figures(out, results, most):
 
 
 def command_rows(out, judged):
-    """[[claims, command]] of train.py, one for each kind of run behind the claims; $seed stands for the seeds."""
-    numbers = {}  # {run name without its seed: numbers of the claims}
+    """[[runs, claims, command]] of train.py, one for each kind of run behind the claims; $seed stands for the seeds."""
+    behind = {}  # {name without its seed: ({numbers of claims}, one run)}
     for i, claim in enumerate(judged, 1):
         for part in claim["parts"]:
             for path, _ in part.get("sources", ()):
-                numbers.setdefault(path.split("/")[1].rsplit("-seed", 1)[0], {})[i] = path.split("/")[1]
+                run = path.split("/")[1]
+                behind.setdefault(run.rsplit("-seed", 1)[0], ({}, run))[0][i] = True
     rows = []
-    for name, of_claim in numbers.items():
-        flags = json.loads((out / "runs" / next(iter(of_claim.values())) / "flags.json").read_text(encoding="utf-8"))
-        flags[flags.index("--seed") + 1] = "$seed"
-        command = " ".join(flag if flag == "$seed" else shlex.quote(flag) for flag in flags)
-        rows.append([f"{name}", ", ".join(map(str, of_claim)), f"python train.py {command}"])
+    for name, (numbers, run) in behind.items():
+        words = [shlex.quote(flag) for flag in read_flags(out / "runs" / run / "flags.json")]
+        words = ["$seed" if before == "--seed" else word for before, word in zip(["", *words], words)]
+        rows.append([name, ", ".join(map(str, numbers)), " ".join(["python train.py", *words])])
     return rows
 
 
 def claim_rows(judged):
     """(cells, whether it heads a claim) of the table of claims."""
-    for number_of, claim in enumerate(judged, 1):
-        yield [f"{number_of}. {claim['claim']}", "", "", "", claim["verdict"]], True
+    most = max(len(part.get("seeds", ())) for claim in judged for part in claim["parts"])
+    for i, claim in enumerate(judged, 1):
+        yield [f"{i}. {claim['claim']}", "", "", "", claim["verdict"]], True
         for part in claim["parts"]:
             numbers, why = ["", ""], f": {part['why']}" if "why" in part else ""
             if "mean" in part:
                 numbers = [number(part["mean"]), f"{number(part['lower'])} to {number(part['upper'])}"]
+                why = f" ({len(part['seeds'])} seeds)" * (len(part["seeds"]) < most)
             yield [part["part"], *numbers, f"> {part['margin']:g}", part["verdict"] + why], False
 
 

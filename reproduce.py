@@ -33,8 +33,9 @@ import torch
 
 import train
 from checkpoint import read_json
-from data import draw, read_task
-from report import METHODS, PLAN, choose_rates, read_results, write_report
+from data import draw, load_task, read_task
+from model import load_pretrained
+from report import METHODS, PLAN, choose_rates, read_flags, read_plan, read_results, write_report
 from resume import lock_folder, status_of, write_text
 
 TUNING_SEEDS = (101, 102)
@@ -138,7 +139,7 @@ def refuse_other_flags(args, runs):
         folder, partial = (args.out / "runs" / f"{name}{end}" for end in ("", ".partial"))
         begun = args.out / "runs" / f"{name}.begun"
         before = folder / "flags.json" if (folder / "flags.json").is_file() else begun if partial.is_dir() else None
-        if before and before.is_file() and (found := json.loads(before.read_text(encoding="utf-8"))) != flags:
+        if before and before.is_file() and (found := read_flags(before)) != flags:
             raise ValueError(f"{folder}: was made with {' '.join(found)}; now it would be with {' '.join(flags)}; "
                              "choose another --out")
 
@@ -151,8 +152,8 @@ def run_all(args, runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already", flush=True)
     started, processes, stopping, failed = time.monotonic(), set(), Event(), {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {pool.submit(run_one, args, name, runs[name], processes, stopping): name for name in todo}
         try:
+            futures = {pool.submit(run_one, args, name, runs[name], processes, stopping): name for name in todo}
             for count, future in enumerate(as_completed(futures), 1):
                 name = futures[future]
                 try:
@@ -173,16 +174,17 @@ def run_one(args, name, flags, processes, stopping):
     """Run train.py, or go on with what was interrupted; returns {split: score}, with val. RunFailed."""
     folder, partial, begun = (args.out / "runs" / f"{name}{end}" for end in ("", ".partial", ".begun"))
     command = [sys.executable, Path(__file__).with_name("train.py")]
+    if partial.is_dir():
+        wait_until_free(partial, stopping)
     if (partial / "config.json").is_file() and begun.is_file():
-        command += ["--resume", partial]  # its lock says if it is still running
+        command += ["--resume", partial]
     else:
-        if partial.is_dir():
-            lock_folder(partial).release()  # ValueError if it is
         shutil.rmtree(partial, ignore_errors=True)
         write_text(begun, json.dumps(flags))
         command += [*flags, "--out", partial]
     path = args.out / "runs" / f"{name}.log"
-    with open(path, "a", encoding="utf-8") as log:
+    with open(path, "ab") as log:
+        end = log.tell()  # of what earlier attempts said
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
                                    env=os.environ | {"OMP_NUM_THREADS": "1"})
         processes.add(process)
@@ -191,14 +193,28 @@ def run_one(args, name, flags, processes, stopping):
         status = process.wait()
         processes.discard(process)
     if status:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes()[end:].decode("utf-8", errors="replace").splitlines()
         said = [line.removeprefix("train.py: error: ") for line in lines if line.startswith("train.py: error: ")]
-        raise RunFailed((said or [f"status {status}, without a word"])[-1] + f" (all it said: {path})")
+        raise RunFailed((said or [f"status {status}, no error message"])[-1] + f" (all it said: {path})")
     write_text(partial / "flags.json", json.dumps(flags) + "\n")
     partial.rename(folder)
     begun.unlink()
     result = read_json(folder / "result.json")
     return {"val": result["val_" + result["metric"]]} | result[result["metric"]]
+
+
+def wait_until_free(folder, stopping):
+    """Wait for a process that still works there: one that outlived a reproduce.py that was killed."""
+    said = False
+    while not stopping.is_set():
+        try:
+            lock_folder(folder).release()
+            return
+        except ValueError as error:
+            if not said:
+                print(f"waiting: {error}", flush=True)
+            said = True
+            time.sleep(0.5)
 
 
 # ---------------------------------------------------------------------------- the command
@@ -214,10 +230,28 @@ def check_data(args):
         drawn = draw(np.arange(len(labels["train"])), args.max_train, seed)
         of_seed = labels | {"train": labels["train"][drawn]}
         train.pick_ntk_samples(args.ntk, seed, of_seed, list(rows.labels.values()))
-    if args.model == "tiny":
-        train.pretrain.tiny_encoder()
-    else:
-        train.load_pretrained(args.model)
+    encoder, tokenizer = load_pretrained(train.pretrain.tiny_encoder() if args.model == "tiny" else args.model)
+    flags = train.parse_args(common_flags(args, "LP-LoRA", seed=1))
+    if flags.max_length > encoder.config.max_length:
+        raise ValueError(f"--max-length {flags.max_length}: {args.model} has positions for "
+                         f"{encoder.config.max_length} tokens at most")
+    task = load_task(rows, tokenizer, flags.max_length, max_train=args.max_train, seed=1, max_test=args.max_test)
+    train.refuse_what_does_not_fit(flags, task, tokenizer, encoder.config)
+
+
+def find_rates(args):
+    """({method: learning rate}, names of the tuning runs, {name: why} of those that failed), tuning what is not tuned."""
+    planned = {} if args.no_tuning else tuning_runs(args)
+    if (args.out / PLAN).is_file() and planned:
+        earlier = read_plan(args.out)
+        if earlier["tuning"] == [*planned]:  # a choice is made once, even if a run that failed would now succeed
+            refuse_other_flags(args, planned)
+            print(f"learning rates as chosen before, in {args.out / PLAN}", flush=True)
+            return earlier["rates"], [*planned], {}
+    if not planned:
+        return {}, [], {}
+    failed = run_all(args, planned)  # a rate at which a run fails is no choice, and no reason to stop
+    return choose_rates(read_results(args.out)[1], planned), [*planned], failed
 
 
 def reproduce(args, command):
@@ -228,24 +262,24 @@ def reproduce(args, command):
         raise ValueError(f"--out {args.out}: holds something else; expected a new folder or an earlier one")
     check_data(args)
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(args.out)  # noqa: F841  held until the process ends
-    planned, rates = {} if args.no_tuning else tuning_runs(args), {}
-    if planned:
-        run_all(args, planned)  # a rate at which a run fails is no choice, and no reason to stop
-        rates = choose_rates(read_results(args.out)[1], planned)
-    runs = main_runs(args, rates) | scale_runs(args, rates)
-    refuse_other_flags(args, runs)
-    plan = {"command": command, "seeds": args.seeds, "tuning": [*planned], "rates": rates}
-    write_text(args.out / PLAN, json.dumps(plan, indent=1) + "\n")
-    failed = run_all(args, runs)
+    lock = lock_folder(args.out)
     try:
-        write_report(args.out)
-    except ValueError as error:
-        if not failed:
-            raise
-        print(f"no report: {error}", file=sys.stderr)
+        rates, tuning, failed = find_rates(args)
+        runs = main_runs(args, rates) | scale_runs(args, rates)
+        refuse_other_flags(args, runs)
+        plan = {"command": command, "seeds": args.seeds, "tuning": tuning, "rates": rates, "runs": [*runs]}
+        write_text(args.out / PLAN, json.dumps(plan, indent=1) + "\n")
+        failed |= run_all(args, runs)
+        try:
+            write_report(args.out)
+        except (ValueError, OSError) as error:
+            if not failed:
+                raise
+            print(f"no report: {error}", file=sys.stderr)
+    finally:
+        lock.release()
     if failed:
-        print("These runs failed; the same command tries them again:", file=sys.stderr)
+        print("These runs failed; the same command tries them again, except for tuning:", file=sys.stderr)
         print("\n".join(f"  {name}: {why}" for name, why in failed.items()), file=sys.stderr)
     return 1 if failed else 0
 

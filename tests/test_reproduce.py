@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -32,7 +33,7 @@ def folder(random_folder, tmp_path_factory):
     for name, flags in runs.items():
         assert train.main([*flags, "--out", str(out / "runs" / name)]) == 0
         (out / "runs" / name / "flags.json").write_text(json.dumps(flags))
-    plan = {"command": "the command", "seeds": 2, "tuning": [], "rates": {}}
+    plan = {"command": "the command", "seeds": 2, "tuning": [], "rates": {}, "runs": [*runs]}
     (out / "plan.json").write_text(json.dumps(plan))
     return out
 
@@ -76,8 +77,11 @@ def test_a_cell_of_each_table_by_hand(folder, written, table, row, column, metho
     assert cell["key"] == ".".join(keys) and len(cell["runs"]) == 2
     for path in cell["runs"]:
         assert (folder / path).is_file()
-    shown = f"{report.number(cell['mean'])} ± {report.number(cell['std'])}"
-    assert shown in (folder / "report.md").read_text()
+    lines = (folder / "report.md").read_text().split(f"## {title}")[1].splitlines()
+    columns = [name.strip() for name in lines[2].split("|")]
+    line, = [line for line in lines[:60] if line.startswith(f"| {row} |")]
+    shown = line.split("|")[columns.index(column)].strip()
+    assert shown == f"{report.number(statistics.mean(expected))} ± {report.number(statistics.stdev(expected))}"
 
 
 def test_what_temperature_takes_off(folder, written):
@@ -114,9 +118,8 @@ def test_the_report_names_the_command_behind_each_claim(folder, written):
     line, = [line for line in text.splitlines() if line.startswith("| LP-FT | 2, 3, 4, 5, 6, 7 | `python train.py")]
     assert "--seed $seed" in line and "--ntk 20" in line
     assert any(line.startswith("| FT-scale10 | 6 | ") and "--head-scale 10" in line for line in text.splitlines())
-    assert "FT 5e-05 (4, 1)" not in text and "FT 0.0005" not in text  # tiny-plain on another encoder: the folder's rates
     config = json.loads((folder / "runs" / "FT-seed1" / "config.json").read_text())
-    assert f"FT {config['lr']:g} ({config['batch_size']}, 1)" in text
+    assert f": FT {config['lr']:g} ({config['batch_size']}, 1), LoRA" in text
 
 
 def test_tables_use_the_seeds_that_every_method_has(folder):
@@ -237,14 +240,16 @@ def test_a_flag_that_train_refuses_ends_before_the_first_run(tmp_path, capsys):
         assert end.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_data_that_a_run_would_refuse_are_refused_before_the_first(tmp_path, capsys):
+def test_data_that_a_run_would_refuse_are_refused_before_the_first(random_folder, tmp_path, capsys):
     """A folder without test, too few of a class for some seed's kernel, no such model: nothing is begun."""
     for name in ("train", "val"):
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "good\tyes\nbad\tno\n" * 20)
     for flags, said in ((["--data", str(tmp_path)], "has no test split"),
                         (["--data", "tiny", "--ntk", "20", "--seeds", "30"], "drawn with seed"),
                         (["--data", "nothing"], "no such folder"),
-                        (["--model", str(tmp_path / "no")], "no")):
+                        (["--model", str(tmp_path / "no")], "no such"),
+                        (["--model", str(random_folder), "--max-length", "600"], "has positions for 128 tokens"),
+                        (["--max-train", "2", "--ntk", "0", "--model", str(random_folder)], "every class needs samples")):
         assert reproduce.main([*flags, "--out", str(tmp_path / "x")]) == 2
         error = capsys.readouterr().err
         assert said in error and len(error.splitlines()) == 1 and not (tmp_path / "x").exists()
@@ -301,7 +306,8 @@ def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch
     args, partial = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one.partial"
     (tmp_path / "runs").mkdir()
     for _ in range(2):
-        assert "without a word" in reproduce.run_all(args, {"one": ["--seed", "1"]})["one"]
+        assert reproduce.run_all(args, {"one": ["--seed", "1"]})["one"].startswith("status 1, no error message")
+        (tmp_path / "runs" / "one.log").write_text("train.py: error: of another time\n")
         partial.mkdir(exist_ok=True)
         (partial / "config.json").write_text("{}")
     assert commands == [["--seed", "1", "--out", str(partial)], ["--resume", str(partial)]]
@@ -309,6 +315,27 @@ def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="choose another --out"):  # hours of another run may lie in it
         reproduce.run_all(args, {"one": ["--seed", "2"]})
     assert partial.is_dir()
+
+
+def test_a_run_that_outlived_its_parent_is_waited_for(tmp_path, monkeypatch):
+    """reproduce.py was killed, train.py was not: when it has ended, its folder is gone on with."""
+    args, partial = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one.partial"
+    partial.mkdir(parents=True)
+    code = f"import resume, time; lock = resume.lock_folder({str(partial)!r}); print(flush=True); time.sleep(1)"
+    orphan = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    orphan.stdout.readline()
+    states = []
+
+    class Process:
+        def __init__(self, command, **more):
+            states.append(orphan.wait(20))  # once it is gone
+
+        def wait(self):
+            return 1
+
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
+    assert "one" in reproduce.run_all(args, {"one": ["--seed", "1"]}) and states == [0]
+    orphan.stdout.close()
 
 
 def test_an_interruption_ends_the_run_that_is_going_and_begins_no_other(tmp_path, monkeypatch):
@@ -393,7 +420,7 @@ def test_the_whole_command(made_up_runs, tmp_path, capsys, monkeypatch):
     assert "FT 0.0045 (None, None)" in text and "at 4.5e-03, chosen, at the edge of the grid" in text
     asked.clear()
     assert reproduce.main(command) == 0 and not asked
-    assert "24 of 24 runs are there already" in capsys.readouterr().out
+    assert "57 of 57 runs are there already" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(reproduce, "run_all", interrupted)
         assert reproduce.main(command) == 130 and "the same command goes on" in capsys.readouterr().err
@@ -410,12 +437,18 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(made_up_runs, tmp_path, 
     assert reproduce.main(command) == 1
     said = capsys.readouterr()
     assert "tune-FT=4.5e-03-seed102: failed: the loss became infinite" in said.out
-    assert said.err.endswith("  LoRA-seed2: the loss became infinite\n")
+    assert said.err.endswith("  tune-FT=4.5e-03-seed102: the loss became infinite\n"
+                             "  LoRA-seed2: the loss became infinite\n")
+    text = (tmp_path / "x" / "report.md").read_text()
+    assert "Not finished, and left out: LoRA-seed2." in text and "at 4.5e-03, a run failed" in text
     assert train.parse_args(asked["FT-seed1"]).lr == pytest.approx(1.5e-3)
     assert json.loads((tmp_path / "x" / "tables.json").read_text())["seeds"] == [1, 3]
     failing.clear()
     asked.clear()
-    assert reproduce.main([*command, "--no-tuning"]) == 2  # other rates: other flags
+    capsys.readouterr()
+    assert reproduce.main(command) == 0 and [*asked] == ["LoRA-seed2"]  # the rate stays, or nothing would fit it
+    assert json.loads((tmp_path / "x" / "tables.json").read_text())["seeds"] == [1, 2, 3]
+    assert reproduce.main([*command, "--no-tuning"]) == 2 and "choose another --out" in capsys.readouterr().err
     failing |= {"LoRA-seed1", "LoRA-seed2"}
     assert reproduce.main(["--no-tuning", "--scales", "1", "--seeds", "2", "--out", str(tmp_path / "y")]) == 1
     assert "no report" in capsys.readouterr().err
@@ -431,8 +464,10 @@ def test_without_tuning_rates_are_those_of_train_py(made_up_runs, tmp_path):
     extra.mkdir()
     (extra / "result.json").write_text('{"metric": "accuracy", "accuracy": {}, "val_accuracy": 0.5}')
     (extra / "flags.json").write_text("[]")
+    shutil.copytree(tmp_path / "x" / "runs" / "FT-seed1", tmp_path / "x" / "runs" / "FT-scale3-seed1")
     assert report.main([str(tmp_path / "x")]) == 0
-    assert "Tuning" not in (tmp_path / "x" / "report.md").read_text()
+    text = (tmp_path / "x" / "report.md").read_text()
+    assert "Tuning" not in text and "scale3" not in text and "no runs from scaled heads" in text
 
 
 @pytest.mark.parametrize("file, content, said", [
@@ -441,6 +476,7 @@ def test_without_tuning_rates_are_those_of_train_py(made_up_runs, tmp_path):
     ("runs/FT-seed1/result.json", "{}", "FT-seed1/result.json: not what train.py writes"),
     ("runs/LP-seed1/config.json", "{", "LP-seed1/config.json: not a JSON file"),
     ("runs/LP-seed1/result.json", '{"metric": "accuracy", "val_accuracy": 1, "accuracy": {"web": 1}}', "no test split"),
+    ("runs/FT-seed1/flags.json", "{", "FT-seed1/flags.json: not the flags of a run"),
     ("plan.json", "{}", "plan.json: not what reproduce.py writes"),
     ("plan.json", None, "holds no plan.json"),
 ])
