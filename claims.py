@@ -158,10 +158,15 @@ def kernel_parts(name):
             raise NotMeasured("P and F have full rank, N C")
         return ranks[1] - ranks[0]
 
-    def regression(of):  # each seed draws its own test samples
+    def regression(of):
         return of.number(name, "ntk", "F", "test_accuracy") - of.number(name, "ntk", "P", "test_accuracy")
 
-    return [Part(f"rank: F - P, {name}", rank), Part(f"test accuracy of regression: F - P, {name}", regression)]
+    def samples(of):  # of a part of test each seed draws its own: their chance the seeds do see
+        drawn = of.number(name, "ntk", "test_samples")
+        return drawn * regression(of) if drawn == of.number(name, "samples", "test") else math.inf
+
+    return [Part(f"rank: F - P, {name}", rank),
+            Part(f"test accuracy of regression: F - P, {name}", regression, samples=samples)]
 
 
 def likeness_parts(one, other):

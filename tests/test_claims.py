@@ -166,6 +166,16 @@ def test_nearly_is_nine_tenths_of_the_rank_and_half_of_the_singular_values():
                 and "LP-FT" not in part["part"]} == {verdict}
 
 
+def test_kernel_regression_on_all_test_samples_shares_them():
+    """Then 5 samples decide nothing; on 100 of 1000, which each seed draws for itself, they may."""
+    for drawn, verdict in ((100, "holds"), (1000, "undecided")):
+        results = made_up()
+        for seed in (1, 2, 3):
+            results[f"FT-seed{seed}"]["ntk"] |= {"test_samples": drawn}
+            results[f"FT-seed{seed}"]["ntk"]["F"]["test_accuracy"] = 0.505
+        assert only(judged(results, 4, "test accuracy of regression: F - P, FT"))["verdict"] == verdict
+
+
 def test_a_rank_above_full_rank_is_not_asked_for():
     """Where F has it, too; an F of lower rank speaks against the claim."""
     results = made_up()
