@@ -48,8 +48,8 @@ STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, 
 
 def panels(count, height=3.1):
     """A figure of `count` axes, two side by side: wide enough to be read on a phone."""
-    rows, columns = -(-count // 2), min(count, 2)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, height * rows), squeeze=False)
+    rows = -(-count // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(6.8, height * rows), squeeze=False)
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, axes.flat[:count]
