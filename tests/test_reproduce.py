@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def folder(random_folder, tmp_path_factory):
     """Runs of every method and two seeds, as reproduce.py leaves them."""
     out = tmp_path_factory.mktemp("reproduction")
-    args = reproduce.parse_args(["--model", str(random_folder), "--data", "tiny-plain", "--max-train", "60", "--epochs",
-                                 "1", "--seeds", "2", "--ntk", "20", "--scales", "1", "10", "--out", str(out)])
+    args = reproduce.parse_args(["--model", str(random_folder), "--data", "tiny-plain", "--max-train", "60", "--max-test",
+                                 "80", "--epochs", "1", "--seeds", "2", "--ntk", "20", "--scales", "1", "10", "--out", str(out)])
     runs = reproduce.main_runs(args, {}) | reproduce.scale_runs(args, {})
     for name, flags in runs.items():
         assert train.main([*flags, "--out", str(out / "runs" / name)]) == 0

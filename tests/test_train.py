@@ -24,7 +24,7 @@ METHODS = {"lp": [], "ft": [], "lpft": [], "ft-lora": ["--lora"], "lpft-lora": [
 
 def command(name, *more):
     stage = [] if name == "lp" else ["--epochs", "2"]
-    return ["--method", name.split("-")[0], *METHODS[name], *stage, "--max-train", "60", *more]
+    return ["--method", name.split("-")[0], *METHODS[name], *stage, "--max-train", "60", "--max-test", "80", *more]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -55,7 +55,7 @@ def test_the_saved_weights_are_the_ones_that_were_measured(random_folder, tmp_pa
     model = Classifier(encoder, 3)
     add_lora(encoder)
     model.load_state_dict(read_safetensors(tmp_path / "model.safetensors"))
-    test = load_task("tiny", tokenizer).splits["test"]
+    test = load_task("tiny", tokenizer, max_test=80).splits["test"]
     correct = (predict(model, test)[1].argmax(1) == test.labels).double().mean()
     assert float(correct) == json.loads((tmp_path / "result.json").read_text())["accuracy"]["test"]
 
@@ -155,7 +155,7 @@ def test_the_kernel_is_that_of_the_start_of_the_ft_stage(name, random_folder, tm
     model = Classifier(encoder, 3).eval()
     if "lora" in name:
         add_lora(encoder)
-    task = load_task("tiny", tokenizer, max_train=60)
+    task = load_task("tiny", tokenizer, max_train=60, max_test=80)
     batches, labels = {}, {}
     for split, key in (("train", "train_indices"), ("test", "test_indices")):
         batches[split], labels[split] = task.splits[split].batch(saved[key])
