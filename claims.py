@@ -152,11 +152,10 @@ def score(one, other, metric, splits, note="", margin=0.0):
 def kernel_parts(name):
     """F against P where the FT stage of a method starts."""
     def rank(of):
-        ranks, full = [of.number(name, "ntk", kernel, "rank") for kernel in "PF"], len(
-            of.number(name, "ntk", "P", "singular_values"))
-        if ranks == [full, full]:
+        rank_p, rank_f = (of.number(name, "ntk", kernel, "rank") for kernel in "PF")
+        if rank_p == rank_f == len(of.number(name, "ntk", "P", "singular_values")):
             raise NotMeasured("P and F have full rank, N C")
-        return ranks[1] - ranks[0]
+        return rank_f - rank_p
 
     def regression(of):
         return of.number(name, "ntk", "F", "test_accuracy") - of.number(name, "ntk", "P", "test_accuracy")

@@ -34,7 +34,7 @@ from claims import scale_names
 from data import load_task
 from export import load_classifier
 from lpft import predict
-from report import METHODS, complete_seeds, read_plan, read_results
+from report import METHODS, complete_seeds, read_planned
 from resume import status_of
 
 COLOURS = {"pre-trained": "#555555", "LP": "#E69F00", "FT": "#0072B2", "LoRA": "#56B4E9", "LP-FT": "#D55E00",
@@ -272,7 +272,8 @@ def main(argv=None):
     parser.add_argument("folder", type=Path, help="the --out of reproduce.py")
     out = parser.parse_args(argv).folder
     try:
-        drawn, problems = make_all(out, read_results(out)[0], read_plan(out)["seeds"])
+        plan, results, _ = read_planned(out)
+        drawn, problems = make_all(out, results, plan["seeds"])
         for title, file in drawn.items():
             print(f"{title}: {out / 'figures' / file}.svg, .png")
         for problem in problems:

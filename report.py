@@ -94,7 +94,7 @@ def choose_rates(tuning, planned):
 
 def tuning_table(tuning, plan):
     """A table as fill_table makes: {method: {lowest, middle, highest: {mean, std, values, runs, key, note}}}."""
-    table = {}
+    table, (metric,) = {}, {result["metric"] for result in tuning.values()}
     for method, rates in by_rate(plan["tuning"]).items():
         table[method], grid = {}, sorted(rates, key=float)
         for column, rate in zip(("lowest rate", "middle rate", "highest rate"), grid):
@@ -102,7 +102,7 @@ def tuning_table(tuning, plan):
                 edge = ", at the edge of the grid" * (rate in (grid[0], grid[-1]))
                 note = f" at {rate}" + f", chosen{edge}" * (rate == plan["rates"].get(method))
                 note += ", a run failed" * (len(found) < len(rates[rate]))
-                table[method][column] = cell(found, "val_METRIC") | {"note": note}
+                table[method][column] = cell(found, f"val_{metric}") | {"note": note}
     return table
 
 
@@ -190,10 +190,8 @@ READING = (
 
 def write_report(out):
     """report.md, report.html and tables.json of the finished runs; prints the verdicts."""
-    plan = read_plan(out)
-    results, tuning = read_results(out)
+    plan, results, tuning = read_planned(out)
     missing = [name for name in plan["runs"] if name not in results]
-    results = {name: results[name] for name in plan["runs"] if name in results}  # not those of earlier plans
     try:
         seeds = complete_seeds(results, plan["seeds"])
     except ValueError as error:
@@ -235,6 +233,12 @@ def read_plan(out):
             and isinstance(plan.get("runs"), list)):
         raise ValueError(f"{out / PLAN}: not what reproduce.py writes")
     return plan
+
+
+def read_planned(out):
+    """(plan, results, tuning results) of the runs that are in the plan, not those of earlier ones."""
+    plan, found = read_plan(out), read_results(out)
+    return plan, *({name: of[name] for name in plan[key] if name in of} for key, of in zip(("runs", "tuning"), found))
 
 
 def introduction(out, plan, first, seeds):

@@ -146,7 +146,6 @@ def refuse_other_flags(args, runs):
 
 def run_all(args, runs):
     """Run what is not finished, `--jobs` at a time; returns {name: why} of the runs that failed."""
-    refuse_other_flags(args, runs)
     todo = [name for name in runs if not (args.out / "runs" / name / "flags.json").is_file()]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already", flush=True)
@@ -232,24 +231,20 @@ def check_data(args):
         train.pick_ntk_samples(args.ntk, seed, of_seed, list(rows.labels.values()))
     encoder, tokenizer = load_pretrained(train.pretrain.tiny_encoder() if args.model == "tiny" else args.model)
     flags = train.parse_args(common_flags(args, "LP-LoRA", seed=1))
-    if flags.max_length > encoder.config.max_length:
-        raise ValueError(f"--max-length {flags.max_length}: {args.model} has positions for "
-                         f"{encoder.config.max_length} tokens at most")
     task = load_task(rows, tokenizer, flags.max_length, max_train=args.max_train, seed=1, max_test=args.max_test)
     train.refuse_what_does_not_fit(flags, task, tokenizer, encoder.config)
 
 
 def find_rates(args):
     """({method: learning rate}, names of the tuning runs, {name: why} of those that failed), tuning what is not tuned."""
-    planned = {} if args.no_tuning else tuning_runs(args)
-    if (args.out / PLAN).is_file() and planned:
-        earlier = read_plan(args.out)
-        if earlier["tuning"] == [*planned]:  # a choice is made once, even if a run that failed would now succeed
-            refuse_other_flags(args, planned)
-            print(f"learning rates as chosen before, in {args.out / PLAN}", flush=True)
-            return earlier["rates"], [*planned], {}
-    if not planned:
+    if args.no_tuning:
         return {}, [], {}
+    planned = tuning_runs(args)
+    refuse_other_flags(args, planned)
+    earlier = read_plan(args.out) if (args.out / PLAN).is_file() else {"tuning": []}
+    if earlier["tuning"] == [*planned]:  # a choice is made once, even if a run that failed would now succeed
+        print(f"learning rates as chosen before, in {args.out / PLAN}", flush=True)
+        return earlier["rates"], [*planned], {}
     failed = run_all(args, planned)  # a rate at which a run fails is no choice, and no reason to stop
     return choose_rates(read_results(args.out)[1], planned), [*planned], failed
 

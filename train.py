@@ -290,9 +290,6 @@ def load_train_measure(args, device, why, state):
     rows = read_task(args.data, args.data_dir)  # refuses bad files before minutes of pre-training
     folder = pretrain.tiny_encoder() if args.model == "tiny" else args.model
     encoder, tokenizer = load_pretrained(folder)
-    if args.max_length > encoder.config.max_length:
-        raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
-                         f"{encoder.config.max_length} tokens at most")
     task = load_task(rows, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed,
                      max_test=args.max_test)
     refuse_what_does_not_fit(args, task, tokenizer, encoder.config)
@@ -362,7 +359,11 @@ def refuse_other_start(args, task, encoder, state):
 
 
 def refuse_what_does_not_fit(args, task, tokenizer, config):
-    """Text of which the encoder knows too little: the tiny one knows the words of its own language alone."""
+    """ValueError for text that the encoder cannot read: too long, of too many types, or, for the tiny one, of words
+    that are not of its own language; and for LoRA that is no low-rank update."""
+    if args.max_length > config.max_length:
+        raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for {config.max_length} tokens "
+                         "at most")
     unknown = float((task.splits["train"].ids == tokenizer.token_to_id("[UNK]")).mean())
     if args.model == "tiny" and unknown > 0.2:
         raise ValueError(f"--data {args.data}: {100 * unknown:.0f} % of its tokens are words that --model "

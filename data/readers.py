@@ -23,8 +23,9 @@ csv.field_size_limit(sys.maxsize)  # a text may be long
 def folder_sources(folder):
     """{split: function that yields the rows of its file}; see the module for the layout."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: {'is a file' if folder.is_file() else 'no such folder'}; --data takes the name of a task (see --help) or "
-                                "a folder with train.tsv, train.csv or train.jsonl")
+        what = "is a file" if folder.is_file() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {what}; --data takes the name of a task (see --help) or a folder with "
+                                "train.tsv, train.csv or train.jsonl")
     paths = find_files(folder)
     if is_superglue(paths["train"]) and "val" in paths and not has_labels(paths.get("test")):
         paths["test"] = paths.pop("val")

@@ -222,7 +222,7 @@ def test_a_killed_reproduction_goes_on_and_repeats_nothing(random_folder, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
     assert (second / "result.json").is_file() and not second.with_name(second.name + ".partial").exists()
     with pytest.raises(ValueError, match="choose another --out"):
-        reproduce.run_all(args, {name: [*flags, "--max-length", "64"] for name, flags in runs.items()})
+        reproduce.refuse_other_flags(args, {name: [*flags, "--max-length", "64"] for name, flags in runs.items()})
 
 
 def test_a_run_that_fails_names_its_log(tmp_path):
@@ -313,7 +313,7 @@ def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch
     assert commands == [["--seed", "1", "--out", str(partial)], ["--resume", str(partial)]]
     assert threads == ["1", "1"]
     with pytest.raises(ValueError, match="choose another --out"):  # hours of another run may lie in it
-        reproduce.run_all(args, {"one": ["--seed", "2"]})
+        reproduce.refuse_other_flags(args, {"one": ["--seed", "2"]})
     assert partial.is_dir()
 
 
