@@ -12,6 +12,7 @@ Shapes: N samples, C classes, h feature width.
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -101,85 +102,45 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=
     NotFinite at the first step whose loss or gradient is not finite.
     """
     device = device_of(model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # weight decay 0 makes AdamW plain Adam
-    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0,
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0,
                                   fused=device.type in ("cuda", "cpu"))
     steps_per_epoch = math.ceil(len(train) / batch_size)
     steps = epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    # totals: of the epoch so far, loss and right predictions, and steps before the first that is not finite
-    at = {"epoch": 0, "step": 0, "totals": torch.zeros(3), "history": [], "best_score": -math.inf,
-          "best_weights": None}
-    if state and "ft" in state.parts:
-        at = state.parts["ft"]
-        model.load_state_dict(at.pop("weights"), strict=False)  # what is not trained has not moved
-        optimizer.load_state_dict(at.pop("optimizer"))
-        schedule.load_state_dict(at.pop("schedule"))
-        set_random_state(at.pop("random"))
-    at["totals"] = at["totals"].to(device)  # stay there: reading would stall a GPU
-
-    def save():
-        refuse_infinite(at, steps_per_epoch, lr)
-        state.save(ft=at | {"weights": {name: p.detach() for name, p in trained.items()},
-                            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                            "random": random_state(device)})
-
-    def after_step(bar):
-        if bar.update():  # it was drawn, which it is once a second: time to look at a GPU's numbers
-            refuse_infinite(at, steps_per_epoch, lr)
-        if state and state.due():
-            save()
-
-    def all_epochs(bar):
-        while at["epoch"] <= epochs:
-            if at["epoch"] == 0:  # the start, measured without dropout
-                _, logits = predict(model, train)
-                loss = float(F.cross_entropy(logits, train.labels))
-                if not math.isfinite(loss):
-                    raise NotFinite(f"the loss is {loss} before the first step of fine-tuning")
-                train_accuracy = accuracy(logits, train.labels)
+    progress = Progress(model, optimizer, schedule, steps_per_epoch, state)
+    with tqdm(total=steps, initial=progress.steps_done(), desc="fine-tuning", unit="step",
+              mininterval=1.0) as bar, progress.never_lost():
+        while progress.epoch <= epochs:
+            if progress.epoch == 0:  # the start, measured without dropout
+                loss, train_accuracy = before_training(model, train)
             else:
-                generator = torch.Generator().manual_seed(seed * 1000 + at["epoch"])
-                batches = training_batches(train.lengths, batch_size, generator)[at["step"]:]
-                train_epoch(model, load_batches(train, batches, num_workers, device), optimizer, schedule, at,
-                            lambda: after_step(bar))
-                refuse_infinite(at, steps_per_epoch, lr)
-                loss, train_accuracy = (float(total) / len(train) for total in at["totals"][:2])
+                generator = torch.Generator().manual_seed(seed * 1000 + progress.epoch)
+                batches = training_batches(train.lengths, batch_size, generator)[progress.step:]
+                train_epoch(model, load_batches(train, batches, num_workers, device), progress, bar)
+                progress.refuse_infinite()
+                loss, train_accuracy = (float(total) / len(train) for total in progress.totals[:2])
             _, logits = predict(model, val)
-            record = {"epoch": at["epoch"], "loss": loss, "train_accuracy": train_accuracy,
+            record = {"epoch": progress.epoch, "loss": loss, "train_accuracy": train_accuracy,
                       "val_accuracy": accuracy(logits, val.labels),
                       f"val_{metric}": METRICS[metric](logits, val.labels),
                       "lr": schedule.get_last_lr()[0], "head_norm": float(model.head.weight.detach().norm())}
-            with unbroken():
-                at["history"].append(record)
-                if at["epoch"] and record[f"val_{metric}"] > at["best_score"]:
-                    at["best_score"] = record[f"val_{metric}"]
-                    at["best_weights"] = {name: p.detach().clone() for name, p in trained.items()}
-                at["epoch"], at["step"] = at["epoch"] + 1, 0
-                at["totals"].zero_()
+            progress.end_epoch(record, record[f"val_{metric}"])
             if on_epoch:
                 on_epoch(record)
-            if state:
-                save()
-
-    done = max(at["epoch"] - 1, 0) * steps_per_epoch + at["step"]
-    try:
-        with tqdm(total=steps, initial=done, desc="fine-tuning", unit="step", mininterval=1.0) as bar:
-            try:
-                all_epochs(bar)
-            except KeyboardInterrupt:
-                if state:
-                    save()
-                raise
-    except NotFinite as error:  # from save(), too
-        if at["best_weights"]:
-            model.load_state_dict(at["best_weights"], strict=False)
-            error.kept_epoch = max(at["history"][1:], key=lambda record: record[f"val_{metric}"])["epoch"]
-        raise
-    model.load_state_dict(at["best_weights"], strict=False)
+            progress.save()
+    model.load_state_dict(progress.best_weights, strict=False)
     model.eval()
-    return at["history"]
+    return progress.history
+
+
+def before_training(model, train):
+    """(loss, accuracy) of the model as it is, without dropout."""
+    _, logits = predict(model, train)
+    loss = float(F.cross_entropy(logits, train.labels))
+    if not math.isfinite(loss):
+        raise NotFinite(f"the loss is {loss} before the first step of fine-tuning")
+    return loss, accuracy(logits, train.labels)
 
 
 def load_batches(split, batches, num_workers, device):
@@ -189,29 +150,32 @@ def load_batches(split, batches, num_workers, device):
                       pin_memory=device.type == "cuda", generator=torch.Generator())
 
 
-def train_epoch(model, batches, optimizer, schedule, at, after_step):
-    """One step per (batch, labels); adds to `at`: step and totals."""
-    device, totals = device_of(model), at["totals"]
+def train_epoch(model, batches, progress, bar):
+    """One step per (batch, labels), counted in `progress`, which is saved between steps when that is due."""
+    device, totals = device_of(model), progress.totals
     model.train()
     for batch, labels in batches:
         with unbroken():  # Ctrl-C never leaves half a step
             batch, labels = to_device(batch, device), labels.to(device, non_blocking=True)
-            optimizer.zero_grad()  # before the forward pass, which can then reuse the gradients' memory
+            progress.optimizer.zero_grad()  # before the forward pass, which can then reuse the gradients' memory
             with mixed_precision(device):
                 logits = model(**batch)  # (N, C)
             loss = F.cross_entropy(logits.float(), labels)
             loss.backward()
             norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), max_norm=1.0)
-            finite = torch.isfinite(loss.detach() + norm) & (totals[2] == at["step"])  # (), on the device
+            finite = torch.isfinite(loss.detach() + norm) & (totals[2] == progress.step)  # (), on the device
             totals[0] += loss.detach() * len(labels)
             totals[1] += (logits.detach().argmax(1) == labels).sum()
             totals[2] += finite
-            at["step"] += 1
+            progress.step += 1
             if device.type == "cpu" and not finite:  # the weights stay good; a GPU is asked once a second
                 break
-            optimizer.step()
-            schedule.step()
-        after_step()
+            progress.optimizer.step()
+            progress.schedule.step()
+        if bar.update():  # it was drawn, which it is once a second: time to look at a GPU's numbers
+            progress.refuse_infinite()
+        if progress.state and progress.state.due():
+            progress.save()
 
 
 class NotFinite(ValueError):
@@ -220,13 +184,78 @@ class NotFinite(ValueError):
     kept_epoch = None
 
 
-def refuse_infinite(at, steps_per_epoch, lr):
-    """NotFinite if a step of this epoch had a loss or a gradient that is not finite."""
-    good = int(at["totals"][2])  # steps in a row before it
-    if good < at["step"]:
-        step = (at["epoch"] - 1) * steps_per_epoch + good + 1
-        raise NotFinite(f"the loss or its gradient became infinite or NaN in step {step}, epoch {at['epoch']}, at "
-                        f"--lr {lr:g}; try a smaller one")
+class Progress:
+    """How far the FT stage is: what it needs to go on, to the same numbers, after it was broken off.
+
+    epoch, step     the epoch it is in, and how many steps of it are done
+    totals (3,)     of this epoch: loss and right predictions, summed over samples; steps before the first
+                    that is not finite. On the model's device: reading them would stall a GPU
+    history         on_epoch's dicts
+    best_weights    {name: trained parameter} of best_epoch, the first with best_score
+
+    With a StateFile that holds progress, all of it, weights and optimizer included, is taken from there.
+    """
+
+    def __init__(self, model, optimizer, schedule, steps_per_epoch, state=None):
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.steps_per_epoch, self.state = steps_per_epoch, state
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.epoch, self.step, self.totals, self.history = 0, 0, torch.zeros(3), []
+        self.best_epoch, self.best_score, self.best_weights = None, -math.inf, None
+        if state and "ft" in state.parts:
+            saved = state.parts.pop("ft")
+            model.load_state_dict(saved.pop("weights"), strict=False)  # what is not trained has not moved
+            optimizer.load_state_dict(saved.pop("optimizer"))
+            schedule.load_state_dict(saved.pop("schedule"))
+            set_random_state(saved.pop("random"))
+            vars(self).update(saved)
+        self.totals = self.totals.to(device_of(model))
+
+    def save(self):
+        """In the StateFile, if there is one."""
+        if not self.state:
+            return
+        self.refuse_infinite()
+        kept = ("epoch", "step", "totals", "history", "best_epoch", "best_score", "best_weights")
+        self.state.save(ft={name: getattr(self, name) for name in kept} | {
+            "weights": {name: p.detach() for name, p in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+            "random": random_state(device_of(self.model))})
+
+    def steps_done(self):
+        return max(self.epoch - 1, 0) * self.steps_per_epoch + self.step
+
+    def end_epoch(self, record, score):
+        with unbroken():
+            self.history.append(record)
+            if self.epoch and score > self.best_score:
+                self.best_epoch, self.best_score = self.epoch, score
+                self.best_weights = {name: p.detach().clone() for name, p in self.trained.items()}
+            self.epoch, self.step = self.epoch + 1, 0
+            self.totals.zero_()
+
+    def refuse_infinite(self):
+        """NotFinite if a step of this epoch had a loss or a gradient that is not finite."""
+        good = int(self.totals[2])  # steps in a row before it
+        if good < self.step:
+            step = (self.epoch - 1) * self.steps_per_epoch + good + 1
+            raise NotFinite(f"the loss or its gradient became infinite or NaN in step {step}, epoch {self.epoch}, "
+                            f"at --lr {self.schedule.base_lrs[0]:g}; try a smaller one")
+
+    @contextmanager
+    def never_lost(self):
+        """Ctrl-C saves; a loss that is not finite leaves the best weights in the model."""
+        try:
+            try:
+                yield
+            except KeyboardInterrupt:
+                self.save()
+                raise
+        except NotFinite as error:  # from that save(), too
+            if self.best_weights:
+                self.model.load_state_dict(self.best_weights, strict=False)
+                error.kept_epoch = self.best_epoch
+            raise
 
 
 # ---------------------------------------------------------------------------- calibration

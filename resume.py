@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout  # PyTorch needs it too
 
 LOCK = "lock"  # name of the lock file in a folder
 UNFINISHED = "unfinished-run"  # a file in --export until it is whole, with the path of --out
-VERSION = 1  # of what states hold; higher when an older state cannot be gone on with
+VERSION = 2  # of what states hold; higher when an older state cannot be gone on with
 
 
 def take_lock(path, wait=False):

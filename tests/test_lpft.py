@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import matthews_corrcoef, pairwise
 from sklearn.model_selection import StratifiedKFold
+from tqdm import tqdm
 
 from data import load_task, tiny, training_batches
-from lpft import (accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
+from lpft import (Progress, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
                   fit_temperature, load_batches, matthews, predict, set_head, train_epoch)
 from linear_probe import stratified_folds
 from model import Classifier, add_lora, load_pretrained
@@ -357,12 +358,12 @@ def test_a_step_on_cuda_waits_for_nothing(model, small_task, lora):
     model, train = model.cuda(), small_task.splits["train"]
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    at = {"epoch": 1, "step": 0, "totals": torch.zeros(3, device="cuda")}
+    progress, bar = Progress(model, optimizer, schedule, steps_per_epoch=2), tqdm(disable=True)
     batches = list(load_batches(train, [range(8), range(8, 16)], 0, torch.device("cuda")))
-    train_epoch(model, batches[:1], optimizer, schedule, at, lambda: None)  # whatever is set up once
+    train_epoch(model, batches[:1], progress, bar)  # whatever is set up once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_epoch(model, batches[1:], optimizer, schedule, at, lambda: None)
+        train_epoch(model, batches[1:], progress, bar)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert at["step"] == 2 and at["totals"][2] == 2
+    assert progress.step == 2 and progress.totals[2] == 2

@@ -424,8 +424,9 @@ def test_a_state_of_other_weights_is_refused(unfinished, tmp_path, capsys):
 
 def test_a_state_of_another_version_is_refused(unfinished, tmp_path, capsys, monkeypatch):
     run = copy_of(unfinished, tmp_path)
+    version = resume.VERSION
     monkeypatch.setattr(resume, "VERSION", 0)
-    assert "of version 1, this is 0" in refusal(["--resume", run], capsys)
+    assert f"of version {version}, this is 0" in refusal(["--resume", run], capsys)
 
 
 def test_a_damaged_state_is_refused_wherever_it_is_damaged(unfinished, tmp_path, capsys):
@@ -451,7 +452,7 @@ def test_code_in_a_state_is_not_run(unfinished, tmp_path, capsys):
             return os.mkdir, (str(trap),)
 
     buffer = io.BytesIO()
-    torch.save({"version": 1, "torch": str(torch.__version__), "lp": Trap()}, buffer)
+    torch.save({"version": resume.VERSION, "torch": str(torch.__version__), "lp": Trap()}, buffer)
     for data in (pickle.dumps(Trap()), buffer.getvalue()):
         (run / "state").write_bytes(data + hashlib.sha256(data).digest())
         assert "not a state that train.py wrote" in refusal(["--resume", run], capsys)
@@ -477,10 +478,10 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_with_the_best_weights_befor
     assert not (tmp_path / "a" / "model.safetensors").exists()
     train_epoch = lpft.train_epoch
 
-    def breaks_in_epoch_2(model, batches, optimizer, schedule, at, after_step):
-        if at["epoch"] == 2:
+    def breaks_in_epoch_2(model, batches, progress, bar):
+        if progress.epoch == 2:
             model.head.weight.data.fill_(1e38)
-        train_epoch(model, batches, optimizer, schedule, at, after_step)
+        train_epoch(model, batches, progress, bar)
 
     monkeypatch.setattr(lpft, "train_epoch", breaks_in_epoch_2)
     err = refusal([*flags, "--out", tmp_path / "b"], capsys)
