@@ -24,12 +24,11 @@ class LinearProbe:
     weight: torch.Tensor  # V, (C, h), float64
     bias: torch.Tensor  # b, (C,), float64
     inverse_l2: float  # scikit-learn's C
-    scores: np.ndarray  # cross-validation score of each strength on the grid, (10,); or None
+    scores: np.ndarray  # cross-validation score of each strength on the grid, summed over folds, (10,); or None
     path: list  # (||V||_F, training accuracy) at every step of the solver, from V = 0 (Fig. 1)
 
 
-def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="accuracy",
-                     folds=None):
+def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="accuracy", fold_of=None):
     """Multinomial logistic regression on features (N, h) and labels (N,), in float64 on the CPU.
 
     Minimises scikit-learn's objective,
@@ -37,18 +36,22 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
         inverse_l2 * sum_i cross_entropy(V phi(x_i) + b, y_i) + 1/2 ||V||_F^2,   b without penalty.
 
     For two classes scikit-learn fits one vector w, V = [-w/2, w/2], and penalises 1/2 ||w||^2,
-    which is ||V||_F^2: twice the penalty. If `inverse_l2` is None, cross-validation over `folds`
-    (fold number of each sample, (N,); default: stratified_folds(labels)) picks it from
-    INVERSE_L2_GRID by `scoring`, "accuracy" or "log-loss"; of equals the smallest, which is the
-    strongest penalty. The probe is then fitted on all samples.
+    which is ||V||_F^2: twice the penalty. If `inverse_l2` is None, cross-validation over the folds of
+    `fold_of` (each sample's number, (N,); default: stratified_folds(labels)) picks it from
+    INVERSE_L2_GRID by `scoring`, "accuracy" or "log-loss": the smallest of those with the highest sum
+    over folds, as scikit-learn does, where sums that differ by rounding alone count as different. The
+    probe is then fitted on all samples.
 
-    Raises ValueError for a class with fewer samples than folds, or features that are not finite.
+    Raises ValueError for a class with fewer samples than folds or none, or features that are not finite.
     """
     if inverse_l2 is None and scoring not in ("accuracy", "log-loss"):
         raise ValueError(f"linear probing: scoring is {scoring!r}; expected accuracy or log-loss")
     x, labels = features.detach().cpu().double(), labels.cpu()  # (N, h), (N,)
     if not torch.isfinite(x).all():
         raise ValueError("linear probing: the features hold NaN or infinity")
+    missing = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
+    if missing:  # its bias would go to minus infinity
+        raise ValueError(f"linear probing: no sample of class {missing[0]}; expected some of all {num_classes}")
     # Rotate to principal axes. The penalty does not notice, and the Hessian is then nearly
     # diagonal, which is what the solver's preconditioner asks for. Axes without data stay at zero.
     mean = x.mean(0)  # (h,)
@@ -61,8 +64,8 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
 
     scores = None
     if inverse_l2 is None:
-        folds = stratified_folds(labels) if folds is None else folds
-        scores = cross_validate(z, onehot, penalty, folds, scoring)  # (10,)
+        fold_of = stratified_folds(labels) if fold_of is None else fold_of
+        scores = cross_validate(z, onehot, penalty, fold_of, scoring)  # (10,)
         inverse_l2 = float(INVERSE_L2_GRID[scores.argmax()])
     start = torch.zeros(1, num_classes, z.shape[1], dtype=torch.double)
     everything = torch.ones(len(x), 1, dtype=torch.double)

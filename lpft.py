@@ -42,7 +42,8 @@ def device_of(model):
 
 
 def to_device(batch, device):
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    # from pinned memory a GPU copies while the host goes on; from other memory on MPS it might copy too late
+    return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in batch.items()}
 
 
 def mixed_precision(device):
@@ -95,13 +96,19 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=
     is called with a dict {epoch, loss, train_accuracy, val_accuracy, head_norm, lr}, and val_matthews
     if that is the `metric`; epoch 0 is the start. Returns the list of these dicts; the model is left
     in eval mode with the weights of the first epoch (1 or later) of the highest val_METRIC. Training
-    loss and accuracy are running means over the epoch, with dropout on.
+    loss and accuracy are means over the steps of the epoch, with dropout on; of epoch 0, the start, they
+    are the model's, without. `lr` is that of the step to come. `seed` decides the order of the samples;
+    dropout draws from PyTorch's global generator.
 
     With a resume.StateFile as `state`, progress is saved in it after every epoch, inside long ones, and
-    on Ctrl-C; if it holds progress, the same model goes on from there, to the same numbers. Raises
-    NotFinite at the first step whose loss or gradient is not finite.
+    on Ctrl-C; if it holds progress, the same model goes on from there, to the same numbers, and `on_epoch`
+    hears of the epochs that follow. Raises NotFinite, with the number of the step, where a loss or a
+    gradient is not finite: on a CPU at once, on a GPU before its weights are used for anything.
     """
     device = device_of(model)
+    if epochs < 1 or batch_size < 1 or not len(train):
+        raise ValueError(f"fine-tuning: {epochs} epochs, batch size {batch_size}, {len(train)} training samples; "
+                         "expected 1 or more")
     # weight decay 0 makes AdamW plain Adam
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0,
                                   fused=device.type in ("cuda", "cpu"))
@@ -121,14 +128,17 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=
                 progress.refuse_infinite()
                 loss, train_accuracy = (float(total) / len(train) for total in progress.totals[:2])
             _, logits = predict(model, val)
+            if progress.epoch and not torch.isfinite(logits).all():  # what the last step did
+                raise NotFinite(f"the logits on validation became infinite or NaN in epoch {progress.epoch}, at --lr "
+                                f"{lr:g}; try a smaller one")
             record = {"epoch": progress.epoch, "loss": loss, "train_accuracy": train_accuracy,
                       "val_accuracy": accuracy(logits, val.labels),
                       f"val_{metric}": METRICS[metric](logits, val.labels),
                       "lr": schedule.get_last_lr()[0], "head_norm": float(model.head.weight.detach().norm())}
             progress.end_epoch(record, record[f"val_{metric}"])
+            progress.save()
             if on_epoch:
                 on_epoch(record)
-            progress.save()
     model.load_state_dict(progress.best_weights, strict=False)
     model.eval()
     return progress.history
@@ -139,7 +149,8 @@ def before_training(model, train):
     _, logits = predict(model, train)
     loss = float(F.cross_entropy(logits, train.labels))
     if not math.isfinite(loss):
-        raise NotFinite(f"the loss is {loss} before the first step of fine-tuning")
+        raise NotFinite(f"the loss is {loss} before the first step of fine-tuning; the encoder's weights or the scale "
+                        "of the head are too large")
     return loss, accuracy(logits, train.labels)
 
 
@@ -152,40 +163,40 @@ def load_batches(split, batches, num_workers, device):
 
 def train_epoch(model, batches, progress, bar):
     """One step per (batch, labels), counted in `progress`, which is saved between steps when that is due."""
-    device, totals = device_of(model), progress.totals
+    device, totals = device_of(model), progress.totals  # loss, right predictions, good steps
     model.train()
     for batch, labels in batches:
         with unbroken():  # Ctrl-C never leaves half a step
-            batch, labels = to_device(batch, device), labels.to(device, non_blocking=True)
+            batch, labels = to_device(batch, device), labels.to(device, non_blocking=device.type == "cuda")
             progress.optimizer.zero_grad()  # before the forward pass, which can then reuse the gradients' memory
             with mixed_precision(device):
                 logits = model(**batch)  # (N, C)
             loss = F.cross_entropy(logits.float(), labels)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_((p for p in model.parameters() if p.requires_grad), max_norm=1.0)
+            norm = nn.utils.clip_grad_norm_(progress.trained.values(), max_norm=1.0)
             finite = torch.isfinite(loss.detach() + norm) & (totals[2] == progress.step)  # (), on the device
             totals[0] += loss.detach() * len(labels)
             totals[1] += (logits.detach().argmax(1) == labels).sum()
             totals[2] += finite
             progress.step += 1
-            if device.type == "cpu" and not finite:  # the weights stay good; a GPU is asked once a second
+            if device.type == "cpu" and not finite:  # before the step; to ask a GPU each time would make it wait
                 break
             progress.optimizer.step()
             progress.schedule.step()
-        if bar.update():  # it was drawn, which it is once a second: time to look at a GPU's numbers
+        if bar.update():  # it was drawn, which it is once a second: time to ask a GPU too
             progress.refuse_infinite()
         if progress.state and progress.state.due():
             progress.save()
 
 
 class NotFinite(ValueError):
-    """The loss or its gradient became infinite or NaN; the model has the weights of epoch `kept_epoch`, if any."""
+    """Training became infinite or NaN; the model has the weights of epoch `kept_epoch`, if there is a good one."""
 
     kept_epoch = None
 
 
 class Progress:
-    """How far the FT stage is: what it needs to go on, to the same numbers, after it was broken off.
+    """The FT stage's model, optimizer and schedule, and how far they are: what a saved state holds.
 
     epoch, step     the epoch it is in, and how many steps of it are done
     totals (3,)     of this epoch: loss and right predictions, summed over samples; steps before the first
@@ -216,8 +227,8 @@ class Progress:
         if not self.state:
             return
         self.refuse_infinite()
-        kept = ("epoch", "step", "totals", "history", "best_epoch", "best_score", "best_weights")
-        self.state.save(ft={name: getattr(self, name) for name in kept} | {
+        plain = ("epoch", "step", "totals", "history", "best_epoch", "best_score", "best_weights")
+        self.state.save(ft={name: getattr(self, name) for name in plain} | {
             "weights": {name: p.detach() for name, p in self.trained.items()},
             "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
             "random": random_state(device_of(self.model))})
@@ -235,12 +246,12 @@ class Progress:
             self.totals.zero_()
 
     def refuse_infinite(self):
-        """NotFinite if a step of this epoch had a loss or a gradient that is not finite."""
+        """NotFinite if a step of this epoch had a loss or a gradient that is infinite or NaN."""
         good = int(self.totals[2])  # steps in a row before it
         if good < self.step:
             step = (self.epoch - 1) * self.steps_per_epoch + good + 1
             raise NotFinite(f"the loss or its gradient became infinite or NaN in step {step}, epoch {self.epoch}, "
-                            f"at --lr {self.schedule.base_lrs[0]:g}; try a smaller one")
+                            f"at --lr {self.schedule.base_lrs[0]:g}" + "; try a smaller one" * (step > 1))
 
     @contextmanager
     def never_lost(self):
@@ -265,17 +276,21 @@ def fit_temperature(logits, labels):
     """The temperature T > 0 that minimises the mean cross-entropy of logits / T (paper Sec. 4.6).
 
     logits (N, C), labels (N,). Dividing by T is dividing V and b by T: no prediction changes. The
-    search is over log T with a strong-Wolfe line search, and the result is checked: its slope
-    d loss / d log T is below 1e-6, and its loss is not above that of T = 1. Where
-    every label has the largest logit, the loss falls all the way to T = 0 and has no minimum, and where
-    the logits are worse than chance it falls all the way to T = infinity; the search then ends at a
-    T at which the loss is flat. ArithmeticError if it did not converge.
+    search is over log T with a strong-Wolfe line search, and ends where the slope d loss / d log T is
+    below 1e-6; if the loss there is above that of T = 1, and where all T are equal because the logits of
+    each sample are, T is 1. Where every label has the largest logit, the loss falls all the way to T = 0 and
+    has no minimum, and where the logits are worse than chance it falls all the way to T = infinity; the
+    search then ends at a T at which the loss is flat.
+
+    ValueError for logits that are infinite or NaN, ArithmeticError if the search did not converge.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()  # (N, C), (N,)
     # Search from logits of unit spread: then every scale of logits is equally easy.
     scale = float((logits - logits.mean(1, keepdim=True)).square().mean().sqrt())
-    if scale == 0 or not math.isfinite(scale):
-        raise ValueError(f"temperature scaling: the logits have spread {scale}")
+    if not math.isfinite(scale):
+        raise ValueError("temperature scaling: the logits hold NaN or infinity")
+    if scale == 0:
+        return 1.0
     unit = logits / scale
     log_t = torch.zeros((), dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_t], max_iter=200, tolerance_grad=1e-9, tolerance_change=1e-14,
@@ -327,7 +342,7 @@ def feature_statistics(features, features_0, labels):
 
     labels (N,). Undefined values (one sample, no spread within the classes) are NaN or infinite.
     """
-    features, features_0, labels = features.double(), features_0.double(), labels.cpu()
+    features, features_0, labels = features.cpu().double(), features_0.cpu().double(), labels.cpu()
     n = len(features)
     unit = F.normalize(features, dim=1)  # (N, h)
     # sum over pairs i != j of <u_i, u_j> = ||sum_i u_i||^2 - sum_i ||u_i||^2

@@ -544,7 +544,7 @@ def kernel_regression(train_kernel, train_labels, test_kernel, test_labels):
     scale = float(rows.diagonal().mean()) or 1.0  # 0: F of a head V = 0
     targets = [F.one_hot(labels, C).flatten() for labels in (train_labels, test_labels)]
     probe = fit_linear_probe(rows / scale, targets[0], 2,
-                             folds=stratified_folds(train_labels).repeat_interleave(C))
+                             fold_of=stratified_folds(train_labels).repeat_interleave(C))
     found = {"inverse_l2": probe.inverse_l2}
     for name, x, labels, target in (("train", rows, train_labels, targets[0]),
                                     ("test", test_rows, test_labels, targets[1])):

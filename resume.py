@@ -145,7 +145,10 @@ def set_random_state(state):
 
 @contextmanager
 def unbroken():
-    """Ctrl-C and SIGTERM wait until the block is through, then do what they would have done."""
+    """Ctrl-C and SIGTERM wait until the block is through, then do what they would have done.
+
+    If the block raises, its exception is what ends the program.
+    """
     if threading.current_thread() is not threading.main_thread():  # it gets no signals
         yield
         return
@@ -178,7 +181,7 @@ class StateFile:
         return cls(path, load_state(path) if Path(path).is_file() else None, every)
 
     def seconds(self):
-        """Since the run began, over all processes that worked on it."""
+        """Since the run began, over all processes that worked on it; what a killed one did not save does not count."""
         return time.monotonic() - self.opened + self.parts.get("seconds", 0.0)
 
     def save(self, **parts):
@@ -265,7 +268,8 @@ def memory_advice(advice):
     except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
         if "DataLoader worker" in str(error):
             raise OutOfMemory("a process of --num-workers was ended, perhaps for want of memory; lower it") from None
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        full = isinstance(error, MemoryError) or any(
+            words in str(error) for words in ("out of memory", "can't allocate memory"))  # of a GPU, of a CPU
         if not full:
             raise
         raise OutOfMemory(f"out of memory; lower {advice}") from None

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import ntk
@@ -302,6 +303,7 @@ def load_train_measure(args, device, why, state):
 
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(task.labels)).to(device)
+    # train and val are for LP alone
     needed = task.test_names if args.method == "ft" or "lp" in state.parts else task.splits
     features_0 = {name: predict(model, task.splits[name], desc=f"features of {name}")[0]
                   for name in needed}  # phi_0(x), before anything moves
@@ -309,14 +311,14 @@ def load_train_measure(args, device, why, state):
         raise ValueError(f"--model {args.model}: its features hold NaN or infinity; the checkpoint is damaged")
     result = {"method": args.method, "lora": args.lora, "seed": args.seed, "model": args.model,
               "data": args.data, "samples": {name: len(split) for name, split in task.splits.items()}}
-    start = torch.zeros_like(model.head.weight)  # V_0, where LP starts
+    first_head = torch.zeros_like(model.head.weight)  # V_0, where LP starts
     if args.method != "ft":
         result["lp"] = probe(args, model, task, features_0, state)
     if args.method != "lp":
         with torch.no_grad():
             for parameter in model.head.parameters():
                 parameter *= args.head_scale or 1.0
-        start = model.head.weight.detach().clone()  # V_0, where the FT stage starts
+        first_head = model.head.weight.detach().clone()  # V_0, where the FT stage starts
         if args.lora:
             add_lora(model.encoder, args.lora_r, args.lora_alpha)
         if args.ntk:
@@ -328,8 +330,8 @@ def load_train_measure(args, device, why, state):
         model.encoder.requires_grad_(False)
     result |= evaluate(model, task, features_0)
     trainable, total = count_parameters(model)
-    result |= {"head_norm_initial": float(start.norm()),
-               "head_diff": float((model.head.weight.detach() - start).norm()), "trainable_parameters": trainable,
+    result |= {"head_norm_initial": float(first_head.norm()),
+               "head_diff": float((model.head.weight.detach() - first_head).norm()), "trainable_parameters": trainable,
                "total_parameters": total, "seconds": round(state.seconds(), 2)}
     save_classifier(args.out, model, tokenizer, task, result["temperature"], args.max_length, args.data)
     if args.export:
@@ -401,10 +403,14 @@ def probe(args, model, task, features_0, state):
     if found.scores is not None:
         chosen = f"by 5-fold {args.lp_scoring}, C = {found.inverse_l2:.4g}"
     print(f"LP    strength {chosen};  train {record['train_accuracy']:.3f}  "
-          f"val {record[f'val_{task.metric}']:.3f}  head norm {record['head_norm']:.3f}")
+          f"{val_title(task)} {record[f'val_{task.metric}']:.3f}  head norm {record['head_norm']:.3f}")
     write_lines(args.out / "metrics.jsonl", [record])
     state.save(lp={"record": record, "weight": found.weight, "bias": found.bias})
     return record
+
+
+def val_title(task):
+    return "val" if task.metric == "accuracy" else f"val {task.metric}"  # train's is always accuracy
 
 
 def pick_ntk_samples(count, seed, labels, classes):
@@ -479,7 +485,7 @@ def fine_tune_stage(args, model, tokenizer, task, state):
 
     def on_epoch(record):
         tqdm.write(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  "
-                   f"train {record['train_accuracy']:.3f}  val {record[f'val_{task.metric}']:.3f}  "
+                   f"train {record['train_accuracy']:.3f}  {val_title(task)} {record[f'val_{task.metric}']:.3f}  "
                    f"head norm {record['head_norm']:.3f}", file=sys.stdout)
         lines.append({"stage": "ft"} | record)
         write_lines(args.out / "metrics.jsonl", lines)
@@ -508,6 +514,9 @@ def evaluate(model, task, features_0):
     _, logits = predict(model, task.splits["val"])
     val_labels = task.splits["val"].labels
     temperature = fit_temperature(logits, val_labels)
+    chance = math.log(len(task.labels))  # the cross-entropy at T = infinity
+    if temperature > 1000 and F.cross_entropy(logits / temperature, val_labels) > chance - 1e-5:
+        print("T is so large because on validation the logits are worse than chance")
     score = METRICS[task.metric]  # accuracy is reported beside any other
     result = {"metric": task.metric, "val_accuracy": accuracy(logits, val_labels),
               f"val_{task.metric}": score(logits, val_labels), "accuracy": {}, task.metric: {},
@@ -549,8 +558,6 @@ def print_table(args, result):
         numbers += [result["calibration"][name][key] for key in ("ece", "ece_scaled", "mce", "mce_scaled")]
         numbers += [result["features"][name][key] for key in ("cs", "diff", "fdr", "norm")]
         print(f"{name[:11]:12s}" + "".join(f"{x:9.3f}" if x < 1e4 else f"{x:9.1e}" for x in numbers))
-    if result["temperature"] > 1000:
-        print("T is so large because on validation the logits are worse than chance")
     if not result["accuracy"]:
         print("no test split: only validation accuracy is known")
     print(f"\nECE/T, MCE/T: after dividing logits by T = {result['temperature']:.4g}, fitted on "

@@ -12,6 +12,7 @@ from sklearn.metrics import matthews_corrcoef, pairwise
 from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
+import lpft
 from data import load_task, tiny, training_batches
 from lpft import (Progress, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
                   fit_temperature, load_batches, matthews, predict, set_head, train_epoch)
@@ -89,6 +90,8 @@ def test_lp_refuses_what_it_cannot_fit():
     x, y = samples(100, 5, 2)
     with pytest.raises(ValueError, match="class 1 has 3"):
         fit_linear_probe(x[:20], torch.tensor([0] * 17 + [1] * 3), 2)
+    with pytest.raises(ValueError, match="no sample of class 2"):
+        fit_linear_probe(x, y, 3, inverse_l2=1.0)
     with pytest.raises(ValueError, match="NaN"):
         fit_linear_probe(x.fill_(math.nan), y, 2)
 
@@ -231,6 +234,29 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_learning_rate(mode
         fine_tune(model, small_task.splits["train"], small_task.splits["val"], lr=1e30, batch_size=8)
 
 
+def test_an_epoch_whose_last_step_ruins_the_weights_is_never_the_best(model, small_task, monkeypatch):
+    """Every loss was finite; the logits are not, and argmax of NaN is class 0, which has many samples."""
+    train_epoch, good = lpft.train_epoch, []
+
+    def ruined_in_epoch_2(model, batches, progress, bar):
+        train_epoch(model, batches, progress, bar)
+        if progress.epoch == 2:
+            model.head.weight.data.fill_(math.nan)
+        else:
+            good.append(model.head.weight.detach().clone())
+
+    monkeypatch.setattr(lpft, "train_epoch", ruined_in_epoch_2)
+    with pytest.raises(lpft.NotFinite, match="on validation .* in epoch 2, at --lr 0.001") as end:
+        fine_tune(model, small_task.splits["train"], small_task.splits["val"], lr=1e-3, batch_size=8, epochs=3)
+    assert end.value.kept_epoch == 1 and torch.equal(model.head.weight, good[0])
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}])
+def test_no_epochs_or_empty_batches_are_refused(model, small_task, wrong):
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        fine_tune(model, small_task.splits["train"], small_task.splits["val"], lr=1e-3, **{"batch_size": 8} | wrong)
+
+
 def test_predictions_come_in_the_order_of_the_split(model, small_task):
     """Batches are sorted by length inside; the result is not."""
     split = small_task.splits["val"]
@@ -277,6 +303,13 @@ def test_temperature_is_never_worse_than_one(case):
     t = fit_temperature(logits, labels)
     assert t > 0 and math.isfinite(t)
     assert F.cross_entropy(logits / t, labels) <= F.cross_entropy(logits, labels)
+
+
+def test_where_all_temperatures_are_equal_it_is_one_and_without_numbers_there_is_none():
+    labels = torch.tensor([0, 1, 2])
+    assert fit_temperature(torch.full((3, 3), 0.7), labels) == 1
+    with pytest.raises(ValueError, match="NaN"):
+        fit_temperature(torch.full((3, 3), math.nan), labels)
 
 
 def test_dividing_logits_by_t_is_dividing_v_and_b_by_t(model, small_task):

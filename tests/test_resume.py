@@ -150,6 +150,27 @@ def fine_tuned(random_folder, state=None, **how):
     return history, [p.detach().clone() for p in model.parameters()]
 
 
+def test_the_best_epoch_so_far_survives_a_stop_in_a_later_one(random_folder, tmp_path, monkeypatch):
+    scores = iter(range(0, -100, -1))  # epoch 1 is better than any that follow
+    monkeypatch.setitem(lpft.METRICS, "falling", lambda logits, labels: next(scores))
+    _, best = fine_tuned(random_folder, metric="falling")
+    with pytest.raises(Stop):
+        fine_tuned(random_folder, StoppingState(tmp_path / "state", 13), metric="falling")
+    _, resumed = fine_tuned(random_folder, resume.StateFile.of(tmp_path / "state"), metric="falling")
+    assert all(torch.equal(a, b) for a, b in zip(best, resumed))
+
+
+def test_an_epoch_is_saved_before_anybody_hears_of_it(random_folder, tmp_path):
+    """on_epoch writes and prints: a full disk or a closed pipe then costs no epoch."""
+    def on_epoch(record):
+        if record["epoch"] == 1:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        fine_tuned(random_folder, resume.StateFile(tmp_path / "state"), on_epoch=on_epoch)
+    assert resume.load_state(tmp_path / "state")["ft"]["epoch"] == 2
+
+
 @pytest.mark.parametrize("step", [1, 5, 8, 13])
 def test_fine_tuning_stopped_inside_an_epoch_goes_on_bit_for_bit(step, random_folder, tmp_path):
     """Weights, Adam, schedule, dropout, order and the running means: one of them wrong and this fails."""

@@ -87,6 +87,20 @@ def test_head_norm_and_change_and_the_pretrained_row(random_folder, tmp_path):
     assert lpft["features_pretrained"]["test"]["diff"] == 0
 
 
+@pytest.mark.parametrize("right", [False, True])
+def test_a_temperature_without_bound_is_explained(right, random_folder, monkeypatch, capsys):
+    """Logits that favour every class but the right one; beside them, good ones of a head that is scaled up."""
+    encoder, tokenizer = load_pretrained(random_folder)
+    task = load_task("tiny", tokenizer, max_train=60, max_test=0)
+    labels = task.splits["val"].labels
+    logits = torch.nn.functional.one_hot(labels, 3).float()
+    logits[::4] = logits[::4].roll(1, 1)  # some are wrong, or T would be 0
+    monkeypatch.setattr(train, "predict", lambda *a, **k: (None, 1e4 * logits if right else -logits))
+    temperature = train.evaluate(Classifier(encoder, 3), task, {})["temperature"]
+    assert temperature > 1000
+    assert ("worse than chance" in capsys.readouterr().out) == (not right)
+
+
 def test_cola_is_selected_and_reported_by_matthews_correlation(random_folder, tmp_path, capsys):
     rows = [f"x\t{label}\t\tthe screen was {word}" for word, label in
             [("good", 1), ("bad", 0), ("fine", 1), ("great", 1)] * 20]
