@@ -64,6 +64,8 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="a folder with CB and RTE")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if not args.data.is_dir():
+        parser.error(f"--data {args.data}: no such folder")
     torch.set_num_threads(2)
     warnings.simplefilter("ignore")  # scikit-learn says that its default does not converge
     print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}")

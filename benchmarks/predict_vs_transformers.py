@@ -107,6 +107,8 @@ def main():
     parser.add_argument("--lines", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if not args.data_dir.is_dir():
+        parser.error(f"--data-dir {args.data_dir}: no such folder")
     torch.set_num_threads(2)
     transformers.logging.set_verbosity_error()
     texts = collect_texts(args.data_dir, args.lines)

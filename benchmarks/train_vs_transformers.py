@@ -109,6 +109,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if not args.data.is_dir():
+        parser.error(f"--data {args.data}: no such folder")
     torch.set_num_threads(2)
     transformers.utils.logging.set_verbosity_error()
     _, tokenizer = load_pretrained(MINILM)
