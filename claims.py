@@ -11,7 +11,9 @@ Bounds other than 0 are this project's reading of the paper's words: "far more" 
 point less, "nearly" is nine tenths of a rank and half of a singular value.
 
 All runs share their test samples, whose chance seeds do not see. So a score that is closer to its bound than 6
-samples is undecided, whatever the seeds say: of 5 that all go one way the sign test (McNemar's) still says p = 0.06.
+samples, or whose samples, added over splits, lie on the other side of it, is undecided, whatever the seeds say. 6 is
+the least: of 5 that all go one way the sign test (McNemar's) still says p = 0.06; where runs disagree on many
+samples it takes more. Other numbers have no such guard.
 """
 
 import math
@@ -39,7 +41,7 @@ class Part:
     name: str
     measure: Callable  # Runs of one seed -> the number
     margin: float = 0.0
-    samples: Callable | None = None  # Runs of one seed -> how many test samples it is above the margin, if a score
+    samples: Callable | None = None  # Runs of one seed -> how many shared test samples a score is above the margin
 
 
 class Runs:
@@ -72,7 +74,8 @@ def look_up(result, keys):
     for key in keys:
         result = result.get(key) if isinstance(result, dict) else None
     if isinstance(result, list):
-        return np.array(result) if result and all(isinstance(x, (int, float)) for x in result) else None
+        numbers = result and all(isinstance(x, (int, float)) and math.isfinite(x) for x in result)
+        return np.array(result) if numbers else None
     number = isinstance(result, (int, float)) and not isinstance(result, bool) and math.isfinite(result)
     return result if number else None
 
@@ -153,16 +156,16 @@ def kernel_parts(name):
     """F against P where the FT stage of a method starts."""
     def rank(of):
         rank_p, rank_f = (of.number(name, "ntk", kernel, "rank") for kernel in "PF")
-        if rank_p == rank_f == len(of.number(name, "ntk", "P", "singular_values")):
-            raise NotMeasured("P and F have full rank, N C")
+        if rank_p == len(of.number(name, "ntk", "P", "singular_values")):  # more features than samples allow it
+            raise NotMeasured("P has full rank, N C, which F cannot exceed")
         return rank_f - rank_p
 
     def regression(of):
         return of.number(name, "ntk", "F", "test_accuracy") - of.number(name, "ntk", "P", "test_accuracy")
 
-    def samples(of):  # of a part of test each seed draws its own: their chance the seeds do see
+    def samples(of):  # None: of a part of test each seed draws its own, whose chance the seeds do see
         drawn = of.number(name, "ntk", "test_samples")
-        return drawn * regression(of) if drawn == of.number(name, "samples", "test") else math.inf
+        return drawn * regression(of) if drawn == of.number(name, "samples", "test") else None
 
     return [Part(f"rank: F - P, {name}", rank),
             Part(f"test accuracy of regression: F - P, {name}", regression, samples=samples)]
@@ -261,8 +264,10 @@ def judge_part(part, results, seeds):
         return judged | {"verdict": "not measured", "why": why}
     mean, lower, upper = confidence_interval([*values.values()])
     verdict = "holds" if lower > part.margin else "does not hold" if upper <= part.margin else "undecided"
-    if samples and abs(statistics.mean(samples)) < LEAST_SAMPLES - 1e-9:
-        verdict = "undecided"
+    if samples and None not in samples:
+        above = statistics.mean(samples)
+        if abs(above) < LEAST_SAMPLES - 1e-9 or (above > 0) != (mean > part.margin):
+            verdict = "undecided"
     return judged | {"verdict": verdict, "mean": mean, "lower": lower, "upper": upper, "values": [*values.values()],
                      "seeds": [*values], "sources": sources}
 

@@ -151,7 +151,10 @@ def head_scales(out, results, seeds):
     scales = scale_names(results)
     if len(scales) < 2:
         raise ValueError("no runs from scaled heads")
-    seeds = complete_seeds(results, seeds[-1], [run for names in scales.values() for run in names.values()])
+    needed = [run for names in scales.values() for run in names.values()]
+    seeds = [seed for seed in seeds if all(f"{run}-seed{seed}" in results for run in needed)]
+    if len(seeds) < 2:
+        raise ValueError(f"{len(seeds)} seeds have a finished run of every factor; expected two or more")
     splits = list(results[f"LP-seed{seeds[0]}"]["accuracy"])
     groups = [("test", splits[:1])] + ([("out of distribution", splits[1:])] if splits[1:] else [])
     figure, axes = panels(len(groups))
@@ -163,7 +166,7 @@ def head_scales(out, results, seeds):
             axis.errorbar(list(scales), diffs.mean(1), diffs.std(1, ddof=1) / len(seeds) ** 0.5, color=COLOURS[name],
                           label=name, marker="o", capsize=3)
         axis.set(xscale="log", xlabel="factor on the starting head", ylabel="Diff(F)", title=title, ylim=(0, None))
-    axes[0].legend()
+    axes[0].legend(title="mean, standard error")
     return figure
 
 
@@ -261,7 +264,8 @@ def make_all(out, results, most):
         except (ValueError, OSError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:  # files lost or cut
             for path in paths:  # of other runs, perhaps
                 path.unlink(missing_ok=True)
-            problems.append(f"{title}: {error}" if str(error) else f"{title}: {type(error).__name__}")
+            why = f"a run has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            problems.append(f"{title}: {why}")
         finally:
             plt.close("all")
     return drawn, problems

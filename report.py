@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from checkpoint import read_json
-from claims import judge, look_up
+from claims import judge, look_up, scale_names
 from resume import status_of, write_text
 
 METHODS = {"LP": ("lp", False), "FT": ("ft", False), "LoRA": ("ft", True), "LP-FT": ("lpft", False),
@@ -37,6 +37,9 @@ def read_results(out):
         if not name.endswith(".partial"):
             found[name] = read_json(path)
             metric = found[name].get("metric")
+            seed = found[name].get("seed")
+            if seed is not None and not name.endswith(f"-seed{seed}"):
+                raise ValueError(f"{path}: is of seed {seed}; expected that in the name of its folder")
             if not isinstance(found[name].get(metric), dict) or look_up(found[name], (f"val_{metric}",)) is None:
                 raise ValueError(f"{path}: not what train.py writes; expected a metric and its scores")
     tuning = {name: result for name, result in found.items() if name.startswith("tune-")}
@@ -52,6 +55,15 @@ def read_flags(path):
     if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
         raise ValueError(f"{path}: not the flags of a run, a list of strings")
     return flags
+
+
+def last_error(log, start=0):
+    """The last error that train.py wrote to the file `log` from byte `start` on, or None."""
+    if not log.is_file():
+        return None
+    lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
+    said = [line.removeprefix("train.py: error: ") for line in lines if line.startswith("train.py: error: ")]
+    return said[-1] if said else None
 
 
 def complete_seeds(results, most, runs=tuple(METHODS)):
@@ -94,7 +106,7 @@ def choose_rates(tuning, planned):
 
 def tuning_table(tuning, plan):
     """A table as fill_table makes: {method: {lowest, middle, highest: {mean, std, values, runs, key, note}}}."""
-    table, (metric,) = {}, {result["metric"] for result in tuning.values()}
+    table, metric = {}, next(iter(tuning.values()))["metric"]
     for method, rates in by_rate(plan["tuning"]).items():
         table[method], grid = {}, sorted(rates, key=float)
         for column, rate in zip(("lowest rate", "middle rate", "highest rate"), grid):
@@ -151,6 +163,20 @@ def fill_table(rows, results, seeds):
     return table
 
 
+def scale_table(results, seeds, splits):
+    """A table as fill_table makes: {FT or LP-FT and number: {factor: cell}}, of factors that all seeds have."""
+    table, scales = {}, scale_names(results)
+    rows = [(f"Diff(F), {split}", ("features", split, "diff")) for split in splits] + [("kept epoch", ("kept_epoch",))]
+    for method in ("FT", "LP-FT") if len(scales) > 1 else ():
+        for label, keys in rows:
+            of_row = table[f"{method}: {label}"] = {}  # stays empty for runs without that number
+            for factor, names in scales.items():
+                found = {run: look_up(results.get(run), keys) for run in (f"{names[method]}-seed{s}" for s in seeds)}
+                if None not in found.values():
+                    of_row[f"× {factor:g}"] = cell(found, ".".join(keys))
+    return table
+
+
 def number_at(result, keys):
     """The number under `keys`, or None; a pair as the last key is the difference of two."""
     *path, last = keys
@@ -163,7 +189,7 @@ def number_at(result, keys):
 def cell(found, key):
     """Mean and standard deviation of {run: number}, and where they come from."""
     values = [*found.values()]
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
             "values": values, "runs": [f"runs/{run}/result.json" for run in found], "key": key}
 
 
@@ -177,15 +203,18 @@ def number(x):
 # ---------------------------------------------------------------------------- the report
 
 
+TUNING = "Tuning: validation score by learning rate"
 READING = (
     "How to read it. V is the head's weight, phi the features (the encoder's output for the first token). CS(F) is the "
     "mean cosine similarity of the features of two texts, Diff(F) how far features moved from the pre-trained ones, "
     "FDR(F) Fisher's ratio of the spread between classes to that within, Norm(F) their mean length; Norm(C) and Diff(C) "
     "are ||V|| and how far V moved in the FT stage (in LP, from 0). Theta = P + F is the neural tangent kernel of N "
-    "training samples and C classes, an NC x NC matrix: P the head's part, F the encoder's. FT ratio is the "
-    "length of F's part of the first step over that of the whole step. Kernel regression is scored by class, and per logit: on each of the C yes-or-no decisions about "
-    "a text. ECE and MCE are the mean and the largest gap between confidence and accuracy, T the temperature that "
-    "logits are divided by. An empty cell: the method has no such number, or not in every seed.")
+    "training samples and C classes, an NC x NC matrix: P the head's part, F the encoder's. Its rank counts singular "
+    "values above 1.2e-7 NC times the largest, float32's rounding. FT ratio is the length of F's part of the first step "
+    "over that of the whole step. Kernel regression is scored by class, and per logit: on each of the C yes-or-no "
+    "decisions about a text. ECE and MCE are the mean and the largest gap between confidence and accuracy (claim 7 goes "
+    "by ECE: MCE is the gap of one bin, often of few texts), T the temperature that logits are divided by. An empty "
+    "cell: the method has no such number, or not in every seed. ± 0 over seeds: nothing in the run depends on the seed.")
 
 
 def write_report(out):
@@ -201,19 +230,25 @@ def write_report(out):
     if "test" not in splits:
         raise ValueError(f"{out}: its runs have no test split, which tables and claims are about")
     filled = {title: fill_table(rows, results, seeds) for title, rows in tables(metric, splits).items()}
-    if plan["tuning"]:
-        filled |= {"Tuning: validation score by learning rate": tuning_table(tuning, plan)}
+    filled |= {"Diff(F) and kept epoch by factor on the starting head (Fig. 3, 10, 11)": scale_table(results, seeds, splits)}
+    if tuning:
+        filled |= {TUNING: tuning_table(tuning, plan)}
+    filled = {title: table for title, table in filled.items() if table}
     judged = judge(results, seeds)
     content = {"seeds": seeds, "claims": judged, "tables": filled}
     write_text(out / "tables.json", json.dumps(content, indent=1) + "\n")
     name = Path(str(first.get("model"))).name
     title = f"{Path(str(first.get('data'))).name} with {name}, {len(seeds)} seeds"
-    intro = introduction(out, plan, first, seeds)
+    intro = introduction(out, plan, tuning, first, seeds)
     if kernel := look_up(results[f"FT-seed{seeds[0]}"], ("ntk", "train_samples")):
         intro[0] += f" The kernel is of {kernel} training samples, N."
     commands = command_rows(out, judged)
     figures, problems = draw_figures(out, results, plan["seeds"])
-    intro += [f"Not finished, and left out: {', '.join(missing)}."] * bool(missing)
+    if missing:
+        whys = ((name, last_error(out / "runs" / f"{name}.log")) for name in missing)
+        intro.append("Not finished: " + "; ".join(f"{name} ({why})" if why else name for name, why in whys)
+                     + ". A seed that lacks a run is left out, of every table or of the scaled heads: where training "
+                     "fails, what is said here is of the seeds in which it does not.")
     intro += [f"Not drawn: {problem}." for problem in problems]
     write_text(out / "report.md", as_markdown(title, intro, judged, filled, figures, commands))
     write_text(out / "report.html", as_html(title, intro, judged, filled, figures, commands, out))
@@ -241,9 +276,10 @@ def read_planned(out):
     return plan, *({name: of[name] for name in plan[key] if name in of} for key, of in zip(("runs", "tuning"), found))
 
 
-def introduction(out, plan, first, seeds):
+def introduction(out, plan, tuning, first, seeds):
     """The paragraphs above the tables."""
-    used = []  # what the runs' own configuration says
+    used, rates = [], by_rate(plan["tuning"])  # used: what the runs' own configuration says
+    edges = [name for name in rates if plan["rates"].get(name) in (min(rates[name], key=float), max(rates[name], key=float))]
     for name in METHODS:
         config = read_json(out / "runs" / f"{name}-seed{seeds[0]}" / "config.json")
         if "lr" in config:
@@ -252,16 +288,19 @@ def introduction(out, plan, first, seeds):
     return [
         f"Made by `{plan['command']}`. Samples: {samples}.",
         "Mean ± standard deviation over seeds; intervals are the 95 % intervals of a mean over seeds (Student's t), "
-        "mostly of a paired difference. Each is 95 % by itself: of ten parts that are all exactly at their bound, one "
-        "in four claims would show a part that holds or does not hold by chance. Seeds vary head, dropout, order and "
-        "the samples of the kernel, and with --max-train the training samples: an interval says nothing about other "
-        "data or another encoder. A claim holds where all its parts do, does not hold where one does not, and is "
+        "mostly of a paired difference. Each is 95 % by itself: with ten parts that are all exactly at their bounds, "
+        "more than one claim in three would show a part that holds or does not hold by chance, and one in five one that "
+        "does not, which ends the claim. Seeds vary head, dropout, order and the samples of the kernel, and with "
+        "--max-train the training samples: an interval says nothing about other data, another encoder or other "
+        "learning rates. A claim holds where all its parts do, does not hold where one does not, and is "
         "undecided else. Bounds other than 0 are this project's reading of the paper's \"far\", \"matches\" and "
-        "\"nearly\". A score closer to its bound than 6 test samples is undecided whatever the seeds say, because "
-        "all runs share the test samples. Every number, with the files and the key behind it: `tables.json`.",
+        "\"nearly\". A score closer to its bound than 6 test samples, the least that could tell, is undecided "
+        "whatever the seeds say, because all runs share the test samples. Every number, with the files and the key behind it: `tables.json`.",
         f"Learning rate (batch size, epochs): {', '.join(used)}. " + (
-            "Rates were chosen by the mean validation score over two tuning seeds of their own, in the last table. "
-            if plan["tuning"] else "They are train.py's own, not tuned here. ")
+            f"Rates were chosen by the mean validation score over two tuning seeds of their own, in the table \"{TUNING}\""
+            + (f"; at the edge of their grid, so that a rate beyond may be better: {', '.join(edges)}. " if edges else ". ")
+            if tuning else "Rates were tuned, by runs that are no longer there. " if plan["tuning"]
+            else "They are train.py's own, not tuned here. ")
         + "The commands behind the claims are at the end.", READING]
 
 
@@ -286,7 +325,7 @@ def command_rows(out, judged):
     for name, (numbers, run) in behind.items():
         words = [shlex.quote(flag) for flag in read_flags(out / "runs" / run / "flags.json")]
         words = ["$seed" if before == "--seed" else word for before, word in zip(["", *words], words)]
-        rows.append([name, ", ".join(map(str, numbers)), " ".join(["python train.py", *words])])
+        rows.append([name, ", ".join(map(str, numbers)), " ".join(["OMP_NUM_THREADS=1 python train.py", *words])])
     return rows
 
 
@@ -306,9 +345,13 @@ def claim_rows(judged):
 def table_rows(table):
     """(column names, [[row name, cell, ...]])."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    return columns, [[row] + [f"{number(cells[column]['mean'])} ± {number(cells[column]['std'])}"
-                              + cells[column].get("note", "") if column in cells else "" for column in columns]
+    return columns, [[row] + [as_text(cells[column]) if column in cells else "" for column in columns]
                      for row, cells in table.items()]
+
+
+def as_text(cell):
+    std = "" if cell["std"] is None else f" ± {number(cell['std'])}"
+    return number(cell["mean"]) + std + cell.get("note", "")
 
 
 def as_markdown(title, intro, judged, filled, figures, commands):
@@ -320,7 +363,7 @@ def as_markdown(title, intro, judged, filled, figures, commands):
     for name, table in filled.items():
         columns, rows = table_rows(table)
         lines += ["", f"## {name}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     for name, file in figures.items():
         lines += ["", f"## {name}", "", f"![{name}](figures/{file}.png)"]
     lines += ["", "## The commands behind the claims", "", "| runs | claims | command |", "|---|---|---|"]

@@ -33,9 +33,9 @@ import torch
 
 import train
 from checkpoint import read_json
-from data import draw, load_task, read_task
+from data import draw, load_task, read_task, refuse_missing_classes
 from model import load_pretrained
-from report import METHODS, PLAN, choose_rates, read_flags, read_plan, read_results, write_report
+from report import METHODS, PLAN, choose_rates, last_error, read_flags, read_plan, read_results, write_report
 from resume import lock_folder, status_of, write_text
 
 TUNING_SEEDS = (101, 102)
@@ -44,7 +44,8 @@ RATE_FACTORS = (1 / 3, 1, 3)  # of train.py's learning rate
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Regenerate the paper's tables and judge its claims.")
+    parser = argparse.ArgumentParser(description="Regenerate the paper's tables and judge its claims.",
+                                     allow_abbrev=False)  # --seed is another flag
     handed = parser.add_argument_group("handed to train.py, whose --help says more")
     handed.add_argument("--data", default="tiny", help="a task by name, or a folder (default: %(default)s)")
     handed.add_argument("--data-dir", type=Path, help="where the paper's data sets lie")
@@ -134,7 +135,7 @@ class RunFailed(Exception):
 
 
 def refuse_other_flags(args, runs):
-    """ValueError if a run of that name was made or begun with other flags."""
+    """ValueError if a run of that name was made or begun with other flags, or with paths to other places."""
     for name, flags in runs.items():
         folder, partial = (args.out / "runs" / f"{name}{end}" for end in ("", ".partial"))
         begun = args.out / "runs" / f"{name}.begun"
@@ -142,6 +143,13 @@ def refuse_other_flags(args, runs):
         if before and before.is_file() and (found := read_flags(before)) != flags:
             raise ValueError(f"{folder}: was made with {' '.join(found)}; now it would be with {' '.join(flags)}; "
                              "choose another --out")
+        config = next((read_json(path) for path in (folder / "config.json", partial / "config.json")
+                       if path.is_file()), {})
+        wanted = train.configuration(train.parse_args(flags))
+        for key in ("data", "data_dir", "model"):
+            if config.get(key, wanted.get(key)) != wanted.get(key):
+                raise ValueError(f"{folder}: was made with {config[key]}; now it would be with {wanted.get(key)}; "
+                                 "choose another --out")
 
 
 def run_all(args, runs):
@@ -175,6 +183,8 @@ def run_one(args, name, flags, processes, stopping):
     command = [sys.executable, Path(__file__).with_name("train.py")]
     if partial.is_dir():
         wait_until_free(partial, stopping)
+    if stopping.is_set():
+        raise RunFailed("interrupted")
     if (partial / "config.json").is_file() and begun.is_file():
         command += ["--resume", partial]
     else:
@@ -192,9 +202,8 @@ def run_one(args, name, flags, processes, stopping):
         status = process.wait()
         processes.discard(process)
     if status:
-        lines = path.read_bytes()[end:].decode("utf-8", errors="replace").splitlines()
-        said = [line.removeprefix("train.py: error: ") for line in lines if line.startswith("train.py: error: ")]
-        raise RunFailed((said or [f"status {status}, no error message"])[-1] + f" (all it said: {path})")
+        why = last_error(path, end) or f"status {status}, no error message"
+        raise RunFailed(f"{why} (all it said: {path})")
     write_text(partial / "flags.json", json.dumps(flags) + "\n")
     partial.rename(folder)
     begun.unlink()
@@ -225,10 +234,12 @@ def check_data(args):
     if "test" not in rows.splits:
         raise ValueError(f"--data {args.data}: has no test split, which tables and claims are about")
     labels = rows.indices
-    for seed in range(1, args.seeds + 1) if args.ntk else ():
+    for seed in (*range(1, args.seeds + 1), *TUNING_SEEDS):
         drawn = draw(np.arange(len(labels["train"])), args.max_train, seed)
-        of_seed = labels | {"train": labels["train"][drawn]}
-        train.pick_ntk_samples(args.ntk, seed, of_seed, list(rows.labels.values()))
+        refuse_missing_classes(rows, drawn)
+        if args.ntk and seed not in TUNING_SEEDS:
+            of_seed = labels | {"train": labels["train"][drawn]}
+            train.pick_ntk_samples(args.ntk, seed, of_seed, list(rows.labels.values()))
     encoder, tokenizer = load_pretrained(train.pretrain.tiny_encoder() if args.model == "tiny" else args.model)
     flags = train.parse_args(common_flags(args, "LP-LoRA", seed=1))
     task = load_task(rows, tokenizer, flags.max_length, max_train=args.max_train, seed=1, max_test=args.max_test)
@@ -274,7 +285,8 @@ def reproduce(args, command):
     finally:
         lock.release()
     if failed:
-        print("These runs failed; the same command tries them again, except for tuning:", file=sys.stderr)
+        print("These runs failed; the same command tries them again, except for tuning (from the beginning if you "
+              f"delete their folder, {args.out / 'runs'}/NAME.partial):", file=sys.stderr)
         print("\n".join(f"  {name}: {why}" for name, why in failed.items()), file=sys.stderr)
     return 1 if failed else 0
 

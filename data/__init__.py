@@ -192,15 +192,20 @@ def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_t
             splits[name] = source, draw(wanted, max_test, 0)
             if max_test == 0:
                 del splits[name]
-    train = splits["train"][1]
-    missing = set(range(len(names))) - set(rows.indices["train"][train].tolist())
-    if missing:
-        raise ValueError(f"{rows.name}: the {len(train)} training samples have no "
-                         f"{readers.listing([names[i] for i in sorted(missing)])}; every class needs samples there")
+    refuse_missing_classes(rows, splits["train"][1])
     index = {label: i for i, label in enumerate(rows.labels)}
     encoded = {name: encode(tokenizer, pick(source, wanted, index), max_length)
                for name, (source, wanted) in splits.items()}
     return Task(encoded, names, rows.metric, rows.pairs)
+
+
+def refuse_missing_classes(rows, train):
+    """ValueError if one of the classes has none of the training rows of these numbers."""
+    names = list(rows.labels.values())
+    missing = set(range(len(names))) - set(rows.indices["train"][train].tolist())
+    if missing:
+        raise ValueError(f"{rows.name}: the {len(train)} training samples have no "
+                         f"{readers.listing([names[i] for i in sorted(missing)])}; every class needs samples there")
 
 
 def draw(wanted, most, seed):

@@ -95,6 +95,11 @@ def test_feature_change_has_standard_errors():
     assert ood.containers[0].lines[0].get_ydata().tolist() == [2.0, 2.0, 2.0]
     with pytest.raises(ValueError, match="no runs from scaled heads"):
         figures.head_scales(None, {k: v for k, v in results.items() if "scale" not in k}, [1, 2, 3])
+    test, _ = figures.head_scales(None, results, [2, 3]).axes  # the seeds that tables and claims are about
+    assert test.containers[0].lines[0].get_ydata().tolist() == pytest.approx([11.1, 12, 21])
+    del results["FT-scale10-seed3"]
+    with pytest.raises(ValueError, match="1 seeds have a finished run of every factor"):
+        figures.head_scales(None, results, [2, 3])
 
 
 def made_runs(classes=2, samples=40):

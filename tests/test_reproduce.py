@@ -11,12 +11,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import claims
 import report
 import reproduce
 import train
+from data import draw
 from resume import lock_folder, take_lock
 from test_claims import made_up
 
@@ -84,6 +86,16 @@ def test_a_cell_of_each_table_by_hand(folder, written, table, row, column, metho
     assert shown == f"{report.number(statistics.mean(expected))} ± {report.number(statistics.stdev(expected))}"
 
 
+def test_feature_change_by_factor_by_hand(folder, written):
+    """Fig. 3 as numbers; factor 1 is the run that all other tables are about."""
+    title, = (title for title in written["tables"] if "factor" in title)
+    for column, run in (("× 1", "LP-FT"), ("× 10", "LP-FT-scale10")):
+        found = written["tables"][title]["LP-FT: Diff(F), films"][column]
+        assert found["values"] == values(folder, run, "features", "films", "diff")
+        assert found["runs"][1] == f"runs/{run}-seed2/result.json" and found["key"] == "features.films.diff"
+    assert written["tables"][title]["FT: kept epoch"]["× 10"]["values"] == [1, 1]
+
+
 def test_what_temperature_takes_off(folder, written):
     """Before minus after: a fall is positive."""
     title, = (title for title in written["tables"] if title.startswith("Calibration"))
@@ -115,7 +127,7 @@ def test_the_parts_of_claims_by_hand(folder, written):
 
 def test_the_report_names_the_command_behind_each_claim(folder, written):
     text = (folder / "report.md").read_text()
-    line, = [line for line in text.splitlines() if line.startswith("| LP-FT | 2, 3, 4, 5, 6, 7 | `python train.py")]
+    line, = [line for line in text.splitlines() if line.startswith("| LP-FT | 2, 3, 4, 5, 6, 7 | `OMP_NUM_THREADS=1 python train.py")]
     assert "--seed $seed" in line and "--ntk 20" in line
     assert any(line.startswith("| FT-scale10 | 6 | ") and "--head-scale 10" in line for line in text.splitlines())
     config = json.loads((folder / "runs" / "FT-seed1" / "config.json").read_text())
@@ -172,7 +184,7 @@ def test_a_rate_of_which_a_run_failed_is_no_choice():
     with pytest.raises(ValueError, match="no learning rate of FT"):
         report.choose_rates({}, planned)
     cell = report.tuning_table(tuning, {"tuning": planned, "rates": {"FT": "1e-3"}})["FT"]["middle rate"]
-    assert (cell["mean"], cell["std"]) == (0.9, 0.0)  # what there is, is shown
+    assert report.as_text(cell) == "0.900 at 3e-3, a run failed"  # what there is, is shown; one has no deviation
 
 
 def test_numbers_are_short():
@@ -234,7 +246,8 @@ def test_a_run_that_fails_names_its_log(tmp_path):
 
 def test_a_flag_that_train_refuses_ends_before_the_first_run(tmp_path, capsys):
     for flags, said in ((["--ntk", "300"], "--ntk is 300"), (["--max-length", "3"], "--max-length is 3"),
-                        (["--seeds", "101"], "expected 2 to 100"), (["--scales", "0"], "--scales are 0")):
+                        (["--seeds", "101"], "expected 2 to 100"), (["--seed", "3"], "unrecognized arguments: --seed"),
+                        (["--scales", "0"], "--scales are 0")):
         with pytest.raises(SystemExit) as end:
             reproduce.main([*flags, "--out", str(tmp_path / "x")])
         assert end.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "x").exists()
@@ -273,6 +286,34 @@ def test_scaled_runs_are_those_of_fig_3_with_the_chosen_rates():
     assert reproduce.scale_runs(reproduce.parse_args(["--scales", "1"]), {}) == {}
     few = reproduce.scale_runs(reproduce.parse_args(["--scales", "0.1", "1", "10"]), {})
     assert set(claims.scale_names(few)) == {0.1, 1.0, 10.0} and claims.scale_names({})[1.0]["FT"] == "FT"
+
+
+def test_a_class_that_only_a_tuning_seed_would_miss_is_found_before_the_first_run(random_folder, tmp_path, capsys):
+    rows = {seed: set(draw(np.arange(60), 20, seed).tolist()) for seed in (1, 2, *reproduce.TUNING_SEEDS)}
+    rare = (rows[1] & rows[2]) - rows[101]
+    text = "text\tlabel\n" + "".join(f"good\t{'no' if i in rare else 'yes'}\n" for i in range(60))
+    (tmp_path / "train.tsv").write_text(text)
+    for name in ("val", "test"):
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\ngood\tyes\nbad\tno\n")
+    flags = ["--data", str(tmp_path), "--max-train", "20", "--model", str(random_folder), "--ntk", "0", "--seeds", "2"]
+    assert reproduce.main([*flags, "--out", str(tmp_path / "x")]) == 2
+    assert "the 20 training samples have no no" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_another_folder_of_the_same_name_is_not_the_same_data(tmp_path, monkeypatch):
+    """The flags are the same words; the run says where it read."""
+    for place in ("a", "b"):
+        (tmp_path / place / "mine").mkdir(parents=True)
+    run = tmp_path / "out" / "runs" / "LP-seed1"
+    run.mkdir(parents=True)
+    args = reproduce.parse_args(["--data", "mine", "--out", str(tmp_path / "out")])
+    flags = reproduce.common_flags(args, "LP", 1)
+    monkeypatch.chdir(tmp_path / "a")
+    (run / "config.json").write_text(json.dumps(train.configuration(train.parse_args(flags))))
+    reproduce.refuse_other_flags(args, {"LP-seed1": flags})
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(ValueError, match=f"made with {tmp_path}/a/mine.*choose another --out"):
+        reproduce.refuse_other_flags(args, {"LP-seed1": flags})
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
@@ -417,7 +458,8 @@ def test_the_whole_command(made_up_runs, tmp_path, capsys, monkeypatch):
     assert plan["command"].endswith(f"--out '{tmp_path}/my folder'")  # to be pasted
     assert plan["rates"]["FT"] == "4.5e-03" and len(plan["tuning"]) == 24
     text = (tmp_path / "my folder" / "report.md").read_text()
-    assert "FT 0.0045 (None, None)" in text and "at 4.5e-03, chosen, at the edge of the grid" in text
+    assert "FT 0.0045 (None, None)" in text and "a rate beyond may be better: FT, LoRA, LP-FT, LP-LoRA." in text
+    assert "at 4.5e-03, chosen, at the edge of the grid" in text
     asked.clear()
     assert reproduce.main(command) == 0 and not asked
     assert "57 of 57 runs are there already" in capsys.readouterr().out
@@ -440,7 +482,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(made_up_runs, tmp_path, 
     assert said.err.endswith("  tune-FT=4.5e-03-seed102: the loss became infinite\n"
                              "  LoRA-seed2: the loss became infinite\n")
     text = (tmp_path / "x" / "report.md").read_text()
-    assert "Not finished, and left out: LoRA-seed2." in text and "at 4.5e-03, a run failed" in text
+    assert "Not finished: LoRA-seed2. A seed" in text and "at 4.5e-03, a run failed" in text
     assert train.parse_args(asked["FT-seed1"]).lr == pytest.approx(1.5e-3)
     assert json.loads((tmp_path / "x" / "tables.json").read_text())["seeds"] == [1, 3]
     failing.clear()
@@ -467,13 +509,14 @@ def test_without_tuning_rates_are_those_of_train_py(made_up_runs, tmp_path):
     shutil.copytree(tmp_path / "x" / "runs" / "FT-seed1", tmp_path / "x" / "runs" / "FT-scale3-seed1")
     assert report.main([str(tmp_path / "x")]) == 0
     text = (tmp_path / "x" / "report.md").read_text()
-    assert "Tuning" not in text and "scale3" not in text and "no runs from scaled heads" in text
+    assert "Tuning" not in text and "not tuned here" in text and "scale3" not in text and "no runs from scaled heads" in text
 
 
 @pytest.mark.parametrize("file, content, said", [
     ("runs/FT-seed1/result.json", "", "FT-seed1/result.json: not a JSON file"),
     ("runs/FT-seed1/result.json", "[]", "FT-seed1/result.json: expected a JSON object"),
     ("runs/FT-seed1/result.json", "{}", "FT-seed1/result.json: not what train.py writes"),
+    ("runs/FT-seed1/result.json", '{"metric": "accuracy", "val_accuracy": 1, "accuracy": {}, "seed": 2}', "is of seed 2"),
     ("runs/LP-seed1/config.json", "{", "LP-seed1/config.json: not a JSON file"),
     ("runs/LP-seed1/result.json", '{"metric": "accuracy", "val_accuracy": 1, "accuracy": {"web": 1}}', "no test split"),
     ("runs/FT-seed1/flags.json", "{", "FT-seed1/flags.json: not the flags of a run"),
