@@ -379,6 +379,24 @@ def test_a_run_that_outlived_its_parent_is_waited_for(tmp_path, monkeypatch):
     orphan.stdout.close()
 
 
+def test_an_interruption_while_waiting_touches_nothing(tmp_path):
+    """The process that is waited for may have only begun to write."""
+    args, partial, stopping = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one.partial", threading.Event()
+    partial.mkdir(parents=True)
+    stopping.set()
+    with pytest.raises(reproduce.RunFailed, match="interrupted"):
+        reproduce.run_one(args, "one", ["--seed", "1"], set(), stopping)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one.partial"]
+
+
+def test_the_last_error_of_a_log_is_that_of_the_last_attempt(tmp_path):
+    log = tmp_path / "log"
+    assert report.last_error(log) is None
+    first = "train.py: error: one\n"
+    log.write_text(first + "some progress\ntrain.py: error: two\nmore\n")
+    assert report.last_error(log) == "two" and report.last_error(log, len(first) + 40) is None
+
+
 def test_an_interruption_ends_the_run_that_is_going_and_begins_no_other(tmp_path, monkeypatch):
     """It is told by SIGTERM, at which it saves its state."""
     begun, ended = [], []
