@@ -105,16 +105,16 @@ def choose_rates(tuning, planned):
 
 
 def tuning_table(tuning, plan):
-    """A table as fill_table makes: {method: {lowest, middle, highest: {mean, std, values, runs, key, note}}}."""
+    """A table as fill_table makes: {method: {rate 1, rate 2, ...: {mean, std, values, runs, key, note}}}."""
     table, metric = {}, next(iter(tuning.values()))["metric"]
     for method, rates in by_rate(plan["tuning"]).items():
         table[method], grid = {}, sorted(rates, key=float)
-        for column, rate in zip(("lowest rate", "middle rate", "highest rate"), grid):
+        for i, rate in enumerate(grid, 1):
             if found := validation_scores(tuning, rates[rate]):
                 edge = ", at the edge of the grid" * (rate in (grid[0], grid[-1]))
                 note = f" at {rate}" + f", chosen{edge}" * (rate == plan["rates"].get(method))
                 note += ", a run failed" * (len(found) < len(rates[rate]))
-                table[method][column] = cell(found, f"val_{metric}") | {"note": note}
+                table[method][f"rate {i}"] = cell(found, f"val_{metric}") | {"note": note}
     return table
 
 

@@ -56,6 +56,9 @@ def parse_args(argv=None):
     handed.add_argument("--epochs", type=int, metavar="N", help="of the FT stage (default: 10)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs with seeds 1 to N (default: 5)")
     parser.add_argument("--ntk", type=int, default=100, metavar="N", help="samples of the kernel, 0 for none (default: 100)")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATE_FACTORS, metavar="F",
+                        help="factors on train.py's learning rates that tuning tries; give more where the report says "
+                             "that a rate is at the edge (default: 1/3 1 3)")
     parser.add_argument("--no-tuning", action="store_true", help="keep train.py's learning rates")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, metavar="S",
                         help="factors on the head that FT and LP-FT start from, of claim 6; 1 alone leaves it "
@@ -70,8 +73,9 @@ def parse_args(argv=None):
                                      ("--ntk", args.ntk, 0, 250), ("--max-test", args.max_test, 1, 1e15)):
         if value is not None and not least <= value <= most:
             parser.error(f"{flag} is {value}; expected {least} to {most:g}")
-    if not all(0 < scale < 1e15 for scale in args.scales):
-        parser.error(f"--scales are {' '.join(f'{scale:g}' for scale in args.scales)}; expected numbers above 0")
+    for flag, factors in (("--scales", args.scales), ("--rates", args.rates)):
+        if not all(0 < factor < 1e15 for factor in factors):
+            parser.error(f"{flag} are {' '.join(f'{factor:g}' for factor in factors)}; expected numbers above 0")
     args.out = args.out or Path("reproduction") / f"{Path(args.data).name}-{Path(args.model).name}"
     return args
 
@@ -99,7 +103,7 @@ def tuning_runs(args):
     """{name: flags}: every method with an FT stage, rate and tuning seed, test and OOD splits left alone."""
     runs = {}
     for name in METHODS:
-        for factor in RATE_FACTORS if name != "LP" else ():
+        for factor in args.rates if name != "LP" else ():
             rate = default_rate(args, name) * factor
             for seed in TUNING_SEEDS:
                 flags = [*common_flags(args, name, seed), "--lr", f"{rate:.1e}", "--max-test", "0"]

@@ -162,15 +162,18 @@ def test_learning_rates_are_chosen_on_validation_alone():
     equal = {run: result | {"val_accuracy": 0.5} for run, result in tuning.items()}
     assert report.choose_rates(equal, [*tuning]) == {"FT": "1e-3"}  # of equals the smallest
     table = report.tuning_table(tuning, {"tuning": [*tuning], "rates": {"FT": "3e-3"}})["FT"]
-    assert table["middle rate"]["note"] == " at 3e-3, chosen" and table["middle rate"]["values"] == [0.85, 0.8]
-    assert table["lowest rate"]["note"] == " at 1e-3" and table["lowest rate"]["mean"] == pytest.approx(0.8)
-    edge = report.tuning_table(tuning, {"tuning": [*tuning], "rates": {"FT": "9e-3"}})["FT"]["highest rate"]
+    assert table["rate 2"]["note"] == " at 3e-3, chosen" and table["rate 2"]["values"] == [0.85, 0.8]
+    assert table["rate 1"]["note"] == " at 1e-3" and table["rate 1"]["mean"] == pytest.approx(0.8)
+    edge = report.tuning_table(tuning, {"tuning": [*tuning], "rates": {"FT": "9e-3"}})["FT"]["rate 3"]
     assert edge["note"] == " at 9e-3, chosen, at the edge of the grid"
     args = reproduce.parse_args(["--seeds", "9"])
     assert all(run.split("-seed")[1] in ("101", "102") for run in reproduce.tuning_runs(args))
     assert len(reproduce.tuning_runs(args)) == 4 * 3 * 2
     rates = [train.parse_args(flags).lr for run, flags in reproduce.tuning_runs(args).items() if "LP-FT=" in run][::2]
     assert rates == pytest.approx([1e-3 / 3, 1e-3, 3e-3], rel=0.02)
+    wide = reproduce.tuning_runs(reproduce.parse_args(["--rates", "0.1", "0.5", "2", "10"]))
+    assert [run for run in wide if run.startswith("tune-FT=")][::2] == [
+        f"tune-FT={rate}-seed101" for rate in ("1.5e-04", "7.5e-04", "3.0e-03", "1.5e-02")]
     args.max_test = 100  # of the tables; tuning measures nothing on a test split
     assert all(train.parse_args(flags).max_test == 0 for flags in reproduce.tuning_runs(args).values())
     assert all(train.parse_args(flags).max_test == 100 for flags in reproduce.main_runs(args, {}).values())
@@ -183,7 +186,7 @@ def test_a_rate_of_which_a_run_failed_is_no_choice():
     assert report.choose_rates(tuning, planned) == {"FT": "1e-3"}
     with pytest.raises(ValueError, match="no learning rate of FT"):
         report.choose_rates({}, planned)
-    cell = report.tuning_table(tuning, {"tuning": planned, "rates": {"FT": "1e-3"}})["FT"]["middle rate"]
+    cell = report.tuning_table(tuning, {"tuning": planned, "rates": {"FT": "1e-3"}})["FT"]["rate 2"]
     assert report.as_text(cell) == "0.900 at 3e-3, a run failed"  # what there is, is shown; one has no deviation
 
 
@@ -247,7 +250,8 @@ def test_a_run_that_fails_names_its_log(tmp_path):
 def test_a_flag_that_train_refuses_ends_before_the_first_run(tmp_path, capsys):
     for flags, said in ((["--ntk", "300"], "--ntk is 300"), (["--max-length", "3"], "--max-length is 3"),
                         (["--seeds", "101"], "expected 2 to 100"), (["--seed", "3"], "unrecognized arguments: --seed"),
-                        (["--scales", "0"], "--scales are 0")):
+                        (["--scales", "0"], "--scales are 0"),
+                        (["--rates", "1", "-1"], "--rates are 1 -1")):
         with pytest.raises(SystemExit) as end:
             reproduce.main([*flags, "--out", str(tmp_path / "x")])
         assert end.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "x").exists()
