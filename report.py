@@ -164,16 +164,16 @@ def fill_table(rows, results, seeds):
 
 
 def scale_table(results, seeds, splits):
-    """A table as fill_table makes: {FT or LP-FT and number: {factor: cell}}, of factors that all seeds have."""
+    """A table as fill_table makes: {method and factor: {Diff(F) by split, kept epoch: cell}}, where all seeds have it."""
     table, scales = {}, scale_names(results)
-    rows = [(f"Diff(F), {split}", ("features", split, "diff")) for split in splits] + [("kept epoch", ("kept_epoch",))]
+    columns = [(f"Diff(F), {split}", ("features", split, "diff")) for split in splits] + [("kept epoch", ("kept_epoch",))]
     for method in ("FT", "LP-FT") if len(scales) > 1 else ():
-        for label, keys in rows:
-            of_row = table[f"{method}: {label}"] = {}  # stays empty for runs without that number
-            for factor, names in scales.items():
+        for factor, names in scales.items():
+            of_row = table[f"{method} × {factor:g}"] = {}  # stays empty where a seed lacks the run
+            for column, keys in columns:
                 found = {run: look_up(results.get(run), keys) for run in (f"{names[method]}-seed{s}" for s in seeds)}
                 if None not in found.values():
-                    of_row[f"× {factor:g}"] = cell(found, ".".join(keys))
+                    of_row[column] = cell(found, ".".join(keys))
     return table
 
 
@@ -409,7 +409,7 @@ def as_html(title, intro, judged, filled, figures, commands, out):
         columns, rows = table_rows(table)
         body += [f"<h2>{html.escape(name)}</h2><table>", row(["", *columns], "th")]
         for first, *cells in rows:
-            body.append(row([html.escape(first)] + [cell.replace(" ± ", "<br><small>±&nbsp;") + "</small>" * bool(cell)
+            body.append(row([html.escape(first)] + [cell.replace(" ± ", "<br><small>±&nbsp;") + "</small>" * ("±" in cell)
                                                     for cell in cells]))
         body.append("</table>")
     for name, file in figures.items():

@@ -89,11 +89,11 @@ def test_a_cell_of_each_table_by_hand(folder, written, table, row, column, metho
 def test_feature_change_by_factor_by_hand(folder, written):
     """Fig. 3 as numbers; factor 1 is the run that all other tables are about."""
     title, = (title for title in written["tables"] if "factor" in title)
-    for column, run in (("× 1", "LP-FT"), ("× 10", "LP-FT-scale10")):
-        found = written["tables"][title]["LP-FT: Diff(F), films"][column]
+    for row, run in (("LP-FT × 1", "LP-FT"), ("LP-FT × 10", "LP-FT-scale10")):
+        found = written["tables"][title][row]["Diff(F), films"]
         assert found["values"] == values(folder, run, "features", "films", "diff")
         assert found["runs"][1] == f"runs/{run}-seed2/result.json" and found["key"] == "features.films.diff"
-    assert written["tables"][title]["FT: kept epoch"]["× 10"]["values"] == [1, 1]
+    assert written["tables"][title]["FT × 10"]["kept epoch"]["values"] == [1, 1]
 
 
 def test_what_temperature_takes_off(folder, written):
