@@ -65,12 +65,15 @@ def first_row(path):
 def read_rows(path):
     """Yield (where, text_a, text_b or None, label as a string) for every row of a file."""
     for where, row in read_jsonl(path) if path.suffix == ".jsonl" else read_table(path):
-        for columns in (("text",), ("text_a", "text_b"), ("premise", "hypothesis")):
-            if all(name in row for name in columns):
-                break
-        else:
-            raise ValueError(f"{where}: columns {listing(row)}; expected text, or text_a and text_b, and label")
-        yield where, *texts_of(where, row, *columns), label_of(where, row)
+        yield where, *texts_of(where, row, *text_columns(where, row)), label_of(where, row)
+
+
+def text_columns(where, names):
+    """Those of the `names` that are text; ValueError if they are not what the module says."""
+    for columns in (("text",), ("text_a", "text_b"), ("premise", "hypothesis")):
+        if all(name in names for name in columns) and "label" in names:
+            return columns
+    raise ValueError(f"{where}: columns {listing(names)}; expected text, or text_a and text_b, and label")
 
 
 def texts_of(where, row, name_a, name_b=None):
@@ -152,6 +155,7 @@ def read_table(path):
                 twice = [name for name in header if header.count(name) > 1]
                 if twice:
                     raise ValueError(f"{where}: the header has two columns {twice[0][:60]!r}")
+                text_columns(where, header)
                 continue
             if tabs and any(mark in cell for cell in cells for mark in "\t\r\n"):
                 raise ValueError(f"{where}: a cell that began with a quote went on over a tab or a line; double its "

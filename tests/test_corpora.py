@@ -211,8 +211,8 @@ def json_label(text):
 
 WHOLE_FILES = [  # no row at all, a header that is not one, a single class, labels that do not fit
     ("train.csv", "", 1), ("train.csv", "\n\n", 1), ("train.csv", "text,label\n", 1),
-    ("train.csv", "text,text,label\na,b,x\n", 1), ("train.csv", "a,b\n1,2\n", 2),
-    ("train.csv", "text,label\na,x\nb,x\n", 3), ("train.csv", "text_a,label\na,x\n", 2),
+    ("train.csv", "text,text,label\na,b,x\n", 1), ("train.csv", "a,b\n1,2\n", 1),
+    ("train.csv", "text,label\na,x\nb,x\n", 3), ("train.csv", "text_a,label\na,x\n", 1),
     ("train.csv", "text,label\na,x\nb,y\n", 3),  # too few for a tenth
     ("train.jsonl", "", 1), ("train.jsonl", " \n", 1),
     ("train.csv", "text,label\n" + "a,x\n" * 30 + "b,y\n" * 30, 61),  # validation would be one class
