@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 try:
     import matplotlib
@@ -34,6 +35,7 @@ from claims import scale_names
 from data import load_task
 from export import load_classifier
 from lpft import predict
+from ntk import kernel_statistics
 from report import METHODS, complete_seeds, read_planned
 from resume import status_of
 
@@ -120,8 +122,7 @@ def trace_norms(out, results, seeds):
     for axis, (name, label, key) in zip(axes, drawn):
         saved = np.load(out / "runs" / f"{name}-seed{seeds[0]}" / "ntk.npz")
         order = np.argsort(saved["labels"], kind="stable")
-        blocks = np.moveaxis(saved[key], 1, 2)[order][:, order]  # (N, N, C, C)
-        norms = np.linalg.svd(blocks, compute_uv=False).sum(2)
+        norms = kernel_statistics(torch.from_numpy(saved[key][order][:, :, order]))["trace_norms"]
         image = axis.imshow(norms / norms.max(), cmap="cividis", vmin=0, vmax=1)
         for edge in np.flatnonzero(np.diff(saved["labels"][order])) + 0.5:
             axis.axhline(edge, color="white", linewidth=0.8)
