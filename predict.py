@@ -17,6 +17,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
+
 import torch
 from tqdm import tqdm
 

@@ -24,6 +24,10 @@ import signal
 import sys
 from pathlib import Path
 
+# Before torch: threads that wait for each other give way soon. Where other work fills the cores, torch's own patience
+# (300 times this) makes small steps wait 20 times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import numpy as np
 import tokenizers
 import torch

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers must not look for a hub
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
 
 import pytest
 import torch
