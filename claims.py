@@ -194,18 +194,20 @@ def likeness_parts(one, other):
 
 def scale_parts(places, scales):
     """How Diff(F) falls with the head: over all factors, and where the head is only made larger."""
-    def fall(name, splits, least):  # per factor of ten, by least squares
+    def fall(name, splits, factors):  # per factor of ten, by least squares
         def measure(of):
-            factors = [factor for factor in scales if factor >= least]
             if len(factors) < 2:
-                raise NotMeasured("no runs from larger heads" if least else "no runs from scaled heads")
+                raise NotMeasured("no runs from scaled heads")
             diffs = [of.mean(scales[factor][name], "features", splits, "diff") for factor in factors]
             return -float(np.polyfit(np.log10(factors), diffs, 1)[0])
         return measure
 
-    return [Part(f"fall of Diff(F) per factor 10 {which}, {name}, {place}", fall(name, splits, least))
-            for place, splits in places.items() for name in ("FT", "LP-FT")
-            for which, least in (("of the head", 0), ("from 1 up", 1))]
+    ranges = [[*scales], [factor for factor in scales if factor >= 1]]
+    if len(ranges[1]) in (1, len(ranges[0])):  # no larger head, or no smaller one
+        ranges.pop()
+    return [Part(f"fall of Diff(F) per factor 10 of the head, {factors[0]:g} to {factors[-1]:g}, {name}, {place}",
+                 fall(name, splits, factors))
+            for place, splits in places.items() for name in ("FT", "LP-FT") for factors in ranges]
 
 
 def calibration_parts(places):
@@ -230,7 +232,8 @@ def judge(results, seeds):
     """[{claim, verdict, parts: [{part, margin, verdict, mean, lower, upper, values, seeds, sources}]}].
 
     results {run: what result.json holds}. A part uses the seeds that have its runs; with fewer than two, or where
-    a number is not defined, it is "not measured", and `why` says so. sources are [file, key] pairs. A claim holds
+    a number is not defined, it is "not measured", and `why` says so, as it does where the shared test samples leave
+    a part undecided that its interval would decide. sources are [file, key] pairs. A claim holds
     where every part does, does not hold where one does not, and is undecided in between.
     """
     first = results[f"LP-seed{seeds[0]}"]
@@ -264,10 +267,13 @@ def judge_part(part, results, seeds):
         return judged | {"verdict": "not measured", "why": why}
     mean, lower, upper = confidence_interval([*values.values()])
     verdict = "holds" if lower > part.margin else "does not hold" if upper <= part.margin else "undecided"
-    if samples and None not in samples:
+    if verdict != "undecided" and samples and None not in samples:
         above = statistics.mean(samples)
-        if abs(above) < LEAST_SAMPLES - 1e-9 or (above > 0) != (mean > part.margin):
-            verdict = "undecided"
+        if abs(above) < LEAST_SAMPLES - 1e-9:
+            judged["why"] = f"fewer than {LEAST_SAMPLES} test samples from the bound"
+        elif (above > 0) != (mean > part.margin):
+            judged["why"] = "the test samples, added over splits, are on the other side of the bound"
+        verdict = "undecided" if "why" in judged else verdict
     return judged | {"verdict": verdict, "mean": mean, "lower": lower, "upper": upper, "values": [*values.values()],
                      "seeds": [*values], "sources": sources}
 

@@ -1,8 +1,8 @@
 """What train.py is given wrong, one line a case: status 2, one sentence that names it, nothing written."""
 
 import json
-import re
 import os
+import re
 import shutil
 
 import pytest

@@ -69,7 +69,7 @@ def test_every_claim_holds_where_it_is_true_and_not_in_the_mirror():
         for claim in claims.judge(made_up(sign), [1, 2, 3]):
             assert {part["verdict"] for part in claim["parts"]} == {verdict}, claim
             assert claim["verdict"] == verdict
-    assert only(judged(made_up(), 6, "fall of Diff(F) per factor 10 of the head, FT, in"))["mean"] == pytest.approx(1)
+    assert only(judged(made_up(), 6, "fall of Diff(F) per factor 10 of the head, 0.1 to 100, FT, in"))["mean"] == pytest.approx(1)
 
 
 def test_one_part_that_does_not_hold_ends_a_claim():
@@ -118,6 +118,7 @@ def test_scores_that_differ_by_few_test_samples_decide_nothing():
                 results[f"LP-seed{seed}"]["accuracy"]["test"] + samples / 1000)  # in every seed the same
         part = only(judged(results, 3, "accuracy: LoRA - LP"))
         assert part["verdict"] == verdict and part["lower"] == pytest.approx(samples / 1000)
+        assert part.get("why") == ("fewer than 6 test samples from the bound" if samples == 5 else None)
 
 
 def test_samples_are_counted_split_by_split_by_accuracy_and_from_the_bound():
@@ -150,7 +151,7 @@ def test_a_mean_over_splits_that_most_samples_contradict_is_undecided():
         ft, lpft = (results[f"{name}-seed{seed}"]["accuracy"] for name in ("FT", "LP-FT"))
         lpft |= {"web": ft["web"] + 0.04, "news": ft["news"] - 0.002}
     part = only(judged(results, 3, "accuracy: LP-FT - FT, out"))
-    assert part["lower"] > 0 and part["verdict"] == "undecided"
+    assert part["lower"] > 0 and part["verdict"] == "undecided" and "added over splits" in part["why"]
 
 
 def test_out_of_distribution_is_the_mean_over_those_splits_alone():
@@ -223,12 +224,20 @@ def test_without_other_domains_only_the_claim_about_them_stays_open():
 
 def test_scaled_heads_are_judged_on_the_seeds_that_have_them():
     results = {name: result for name, result in made_up(seeds=(1, 2, 3)).items() if name != "FT-scale10-seed3"}
-    part = only(judged(results, 6, "fall of Diff(F) per factor 10 of the head, FT, in"))
+    part = only(judged(results, 6, "fall of Diff(F) per factor 10 of the head, 0.1 to 100, FT, in"))
     assert part["seeds"] == [1, 2] and part["verdict"] == "holds"
     unscaled = {name: result for name, result in made_up().items() if "scale" not in name}
     verdict, parts = judged(unscaled, 6)
-    assert verdict == "not measured" and {part["why"] for part in parts.values()} == {
-        "no runs from scaled heads", "no runs from larger heads"}
+    assert verdict == "not measured" and {part["why"] for part in parts.values()} == {"no runs from scaled heads"}
+
+
+def test_the_parts_of_claim_6_name_their_factors_and_none_is_there_twice():
+    """With factors on one side of 1 alone, or none beyond it, one range says all."""
+    for kept, ranges in (((0.1, 10), {"0.1 to 10", "1 to 10"}), ((10, 100), {"1 to 100"}), ((0.1, 0.5), {"0.1 to 1"})):
+        results = {name: result for name, result in made_up().items()
+                   if "scale" not in name or float(name.split("scale")[1].split("-")[0]) in kept}
+        verdict, parts = judged(results, 6)
+        assert {name.split(", ")[1] for name in parts} == ranges and verdict == "holds", parts
 
 
 def test_a_fall_that_ends_at_the_head_itself_is_seen():
@@ -240,9 +249,9 @@ def test_a_fall_that_ends_at_the_head_itself_is_seen():
     for seed in (1, 2, 3):
         results[f"LP-FT-seed{seed}"]["features"]["test"]["diff"] += 0.1  # the head itself counts, too
     verdict, parts = judged(results, 6)
-    assert parts["fall of Diff(F) per factor 10 of the head, LP-FT, in distribution"]["verdict"] == "holds"
+    assert parts["fall of Diff(F) per factor 10 of the head, 0.1 to 100, LP-FT, in distribution"]["verdict"] == "holds"
     slope = linregress([0, *map(math.log10, (2, 5, 10, 50, 100))], [0.1] + [0.3 * math.log10(s) for s in (2, 5, 10, 50, 100)])
-    assert parts["fall of Diff(F) per factor 10 from 1 up, LP-FT, in distribution"]["mean"] == pytest.approx(-slope.slope)
+    assert parts["fall of Diff(F) per factor 10 of the head, 1 to 100, LP-FT, in distribution"]["mean"] == pytest.approx(-slope.slope)
     assert verdict == "does not hold"
 
 
