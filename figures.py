@@ -122,7 +122,7 @@ def trace_norms(out, results, seeds):
     for axis, (name, label, key) in zip(axes, drawn):
         saved = np.load(out / "runs" / f"{name}-seed{seeds[0]}" / "ntk.npz")
         order = np.argsort(saved["labels"], kind="stable")
-        norms = kernel_statistics(torch.from_numpy(saved[key][order][:, :, order]))["trace_norms"]
+        norms = kernel_statistics(torch.from_numpy(saved[key][order][:, :, order]))["trace_norms"].numpy()
         image = axis.imshow(norms / norms.max(), cmap="cividis", vmin=0, vmax=1)
         for edge in np.flatnonzero(np.diff(saved["labels"][order])) + 0.5:
             axis.axhline(edge, color="white", linewidth=0.8)

@@ -82,6 +82,8 @@ def run(args):
         tqdm.write(f"trained on {settings['data']}: give texts as data/corpora.py builds them", file=sys.stderr)
     if sys.stdout is None or args.file is None and sys.stdin is None:
         raise ValueError("standard input or output is closed")
+    if args.file is not None and (args.file.is_dir() or not args.file.exists()):
+        raise ValueError(f"{args.file}: {'is a folder' if args.file.is_dir() else 'no such file'}; expected a file of texts")
     lines = sys.stdin.buffer if args.file is None else open(args.file, "rb")
     rows = read_texts(lines, "standard input" if args.file is None else args.file, settings["pairs"])
     labels = settings["labels"]

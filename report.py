@@ -288,14 +288,16 @@ def introduction(out, plan, tuning, first, seeds):
     return [
         f"Made by `{plan['command']}`. Samples: {samples}.",
         "Mean ± standard deviation over seeds; intervals are the 95 % intervals of a mean over seeds (Student's t), "
-        "mostly of a paired difference. Each is 95 % by itself: with ten parts that are all exactly at their bounds, "
-        "more than one claim in three would show a part that holds or does not hold by chance, and one in five one that "
-        "does not, which ends the claim. Seeds vary head, dropout, order and the samples of the kernel, and with "
+        "mostly of a paired difference. Seeds vary head, dropout, order and the samples of the kernel, and with "
         "--max-train the training samples: an interval says nothing about other data, another encoder or other "
-        "learning rates. A claim holds where all its parts do, does not hold where one does not, and is "
+        "learning rates.",
+        "A part of a claim holds where its interval is above the bound, does not hold where it is below, and is undecided "
+        "where the bound is inside. A claim holds where all its parts do, does not hold where one does not, and is "
         "undecided else. Bounds other than 0 are this project's reading of the paper's \"far\", \"matches\" and "
-        "\"nearly\". A score closer to its bound than 6 test samples, the least that could tell, is undecided "
-        "whatever the seeds say, because all runs share the test samples. Every number, with the files and the key behind it: `tables.json`.",
+        "\"nearly\". All runs share the test samples: a score that is fewer than 6 of them from its bound is undecided "
+        "whatever the seeds say. Every interval is 95 % by itself, not all of them together: of ten parts whose true values "
+        "lie exactly at their bounds, one or more would not hold by luck alone in about one claim of five.",
+        "Every number, with the files and the key behind it: `tables.json`.",
         f"Learning rate (batch size, epochs): {', '.join(used)}. " + (
             f"Rates were chosen by the mean validation score over two tuning seeds of their own, in the table \"{TUNING}\""
             + (f"; at the edge of their grid, so that a rate beyond may be better: {', '.join(edges)}. " if edges else ". ")

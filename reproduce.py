@@ -56,7 +56,7 @@ def parse_args(argv=None):
     handed.add_argument("--epochs", type=int, metavar="N", help="of the FT stage (default: 10)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs with seeds 1 to N (default: 5)")
     parser.add_argument("--ntk", type=int, default=100, metavar="N", help="samples of the kernel, 0 for none (default: 100)")
-    parser.add_argument("--rates", type=float, nargs="+", default=RATE_FACTORS, metavar="F",
+    parser.add_argument("--rates", type=float, nargs="+", metavar="F",
                         help="factors on train.py's learning rates that tuning tries; give more where the report says "
                              "that a rate is at the edge (default: 1/3 1 3)")
     parser.add_argument("--no-tuning", action="store_true", help="keep train.py's learning rates")
@@ -73,6 +73,9 @@ def parse_args(argv=None):
                                      ("--ntk", args.ntk, 0, 250), ("--max-test", args.max_test, 1, 1e15)):
         if value is not None and not least <= value <= most:
             parser.error(f"{flag} is {value}; expected {least} to {most:g}")
+    if args.no_tuning and args.rates:
+        parser.error("--rates has no effect: --no-tuning keeps train.py's learning rates")
+    args.rates = args.rates or RATE_FACTORS
     for flag, factors in (("--scales", args.scales), ("--rates", args.rates)):
         if not all(0 < factor < 1e15 for factor in factors):
             parser.error(f"{flag} are {' '.join(f'{factor:g}' for factor in factors)}; expected numbers above 0")
@@ -156,23 +159,23 @@ def refuse_other_flags(args, runs):
                                  "choose another --out")
 
 
-def run_all(args, runs):
+def run_all(args, runs, title="runs"):
     """Run what is not finished, `--jobs` at a time; returns {name: why} of the runs that failed."""
     todo = [name for name in runs if not (args.out / "runs" / name / "flags.json").is_file()]
-    if len(todo) < len(runs):
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs are there already", flush=True)
+    there = len(runs) - len(todo)
+    print(f"{title}: {len(runs)}" + f", {there} of them there already" * (there > 0), flush=True)
     started, processes, stopping, failed = time.monotonic(), set(), Event(), {}
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             futures = {pool.submit(run_one, args, name, runs[name], processes, stopping): name for name in todo}
-            for count, future in enumerate(as_completed(futures), 1):
+            for count, future in enumerate(as_completed(futures), there + 1):
                 name = futures[future]
                 try:
                     said = ", ".join(f"{split} {score:.3f}" for split, score in future.result().items())
                 except RunFailed as error:
                     failed[name] = str(error)
                     said = f"failed: {error}"
-                print(f"[{count}/{len(todo)}, {time.monotonic() - started:.0f} s] {name}: {said}", flush=True)
+                print(f"[{count}/{len(runs)}, {time.monotonic() - started:.0f} s] {name}: {said}", flush=True)
         finally:
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -260,7 +263,7 @@ def find_rates(args):
     if earlier["tuning"] == [*planned]:  # a choice is made once, even if a run that failed would now succeed
         print(f"learning rates as chosen before, in {args.out / PLAN}", flush=True)
         return earlier["rates"], [*planned], {}
-    failed = run_all(args, planned)  # a rate at which a run fails is no choice, and no reason to stop
+    failed = run_all(args, planned, "tuning runs")  # a rate at which a run fails is no choice, and no reason to stop
     return choose_rates(read_results(args.out)[1], planned), [*planned], failed
 
 
@@ -279,7 +282,7 @@ def reproduce(args, command):
         refuse_other_flags(args, runs)
         plan = {"command": command, "seeds": args.seeds, "tuning": tuning, "rates": rates, "runs": [*runs]}
         write_text(args.out / PLAN, json.dumps(plan, indent=1) + "\n")
-        failed |= run_all(args, runs)
+        failed |= run_all(args, runs, "runs of all methods and seeds")
         try:
             write_report(args.out)
         except (ValueError, OSError) as error:

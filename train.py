@@ -73,7 +73,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Train a text classifier by linear probing (lp), fine-tuning (ft) or linear "
                     "probing then fine-tuning (lpft), and measure accuracy, features, calibration.",
-        epilog="Example: python train.py --method lpft --lora")
+        epilog="Example: python train.py --method lpft --lora", allow_abbrev=False)
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=("lp", "ft", "lpft"), default="lpft",
                         help="lp: fit the head on frozen features; ft: train everything from a random "
@@ -521,6 +521,8 @@ def evaluate(model, task, features_0):
     chance = math.log(len(task.labels))  # the cross-entropy at T = infinity
     if temperature > 1000 and F.cross_entropy(logits / temperature, val_labels) > chance - 1e-5:
         print("T is so large because on validation the logits are worse than chance")
+    if accuracy(logits, val_labels) == 1:
+        print("T has no meaning here: every validation sample is right, so the loss falls all the way to T = 0")
     score = METRICS[task.metric]  # accuracy is reported beside any other
     result = {"metric": task.metric, "val_accuracy": accuracy(logits, val_labels),
               f"val_{task.metric}": score(logits, val_labels), "accuracy": {}, task.metric: {},

@@ -169,7 +169,7 @@ def read_labels(source, labels, pairs):
     if not found:
         raise ValueError(f"{source.args[0]}, line 1: no rows of text up to the end of the file")
     if len(index) < 2:
-        raise ValueError(f"{where}: up to here, the end, the only label is {label!r}; expected two or more")
+        raise ValueError(f"{where}, the end of the file: {label!r} is its only label; expected two or more")
     return np.asarray(found, np.int64), pairs
 
 

@@ -88,7 +88,7 @@ FILES = [
     ({}, "no train.tsv, train.csv or train.jsonl; found none"),
     ({"train.csv": ""}, "train.csv, line 1: no rows"),
     ({"train.csv": "text,label\n"}, "train.csv, line 1: no rows"),
-    ({"train.csv": "text,label\n" + rows("a", "a", "a")}, "the only label is 'a'"),
+    ({"train.csv": "text,label\n" + rows("a", "a", "a")}, "'a' is its only label"),
     ({"train.csv": "text,label\n" + rows(*"ababab", "c")}, "fewer than two classes"),
     ({"train.csv": "text,label\n" + rows(*"abab" * 10, *"a" * 20), "val.csv": GOOD.replace(",a", ",c")},
      "val.csv, line 2: label 'c'; expected one of a, b"),

@@ -206,6 +206,12 @@ def test_the_exported_tokenizer_gives_the_same_ids(run):
         assert ours["token_type_ids"] == expected["token_type_ids"]
 
 
+def test_a_file_that_cannot_be_read_is_named(run, tmp_path, capsys):
+    for path, what in ((tmp_path / "none.txt", "no such file"), (tmp_path, "is a folder")):
+        assert predict.main([str(run[0]), str(path)]) == 2
+        assert capsys.readouterr().err == f"predict.py: error: {path}: {what}; expected a file of texts\n"
+
+
 def test_predictions_into_a_closed_pipe_end_quietly(run, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS * 500) + "\n")
     command = f"{sys.executable} predict.py {run[0]} {tmp_path / 'texts.txt'} | head -2"

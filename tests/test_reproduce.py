@@ -251,7 +251,8 @@ def test_a_flag_that_train_refuses_ends_before_the_first_run(tmp_path, capsys):
     for flags, said in ((["--ntk", "300"], "--ntk is 300"), (["--max-length", "3"], "--max-length is 3"),
                         (["--seeds", "101"], "expected 2 to 100"), (["--seed", "3"], "unrecognized arguments: --seed"),
                         (["--scales", "0"], "--scales are 0"),
-                        (["--rates", "1", "-1"], "--rates are 1 -1")):
+                        (["--rates", "1", "-1"], "--rates are 1 -1"),
+                        (["--no-tuning", "--rates", "1"], "--rates has no effect: --no-tuning")):
         with pytest.raises(SystemExit) as end:
             reproduce.main([*flags, "--out", str(tmp_path / "x")])
         assert end.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "x").exists()
@@ -484,7 +485,7 @@ def test_the_whole_command(made_up_runs, tmp_path, capsys, monkeypatch):
     assert "at 4.5e-03, chosen, at the edge of the grid" in text
     asked.clear()
     assert reproduce.main(command) == 0 and not asked
-    assert "57 of 57 runs are there already" in capsys.readouterr().out
+    assert "57, 57 of them there already" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(reproduce, "run_all", interrupted)
         assert reproduce.main(command) == 130 and "the same command goes on" in capsys.readouterr().err

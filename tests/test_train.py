@@ -98,7 +98,17 @@ def test_a_temperature_without_bound_is_explained(right, random_folder, monkeypa
     monkeypatch.setattr(train, "predict", lambda *a, **k: (None, 1e4 * logits if right else -logits))
     temperature = train.evaluate(Classifier(encoder, 3), task, {})["temperature"]
     assert temperature > 1000
-    assert ("worse than chance" in capsys.readouterr().out) == (not right)
+    out = capsys.readouterr().out
+    assert ("worse than chance" in out) == (not right) and "T has no meaning" not in out
+
+
+def test_a_temperature_fitted_where_all_is_right_is_said_to_mean_nothing(random_folder, monkeypatch, capsys):
+    encoder, tokenizer = load_pretrained(random_folder)
+    task = load_task("tiny", tokenizer, max_train=60, max_test=0)
+    logits = torch.nn.functional.one_hot(task.splits["val"].labels, 3).float()
+    monkeypatch.setattr(train, "predict", lambda *a, **k: (None, logits))
+    assert train.evaluate(Classifier(encoder, 3), task, {})["temperature"] < 0.1
+    assert "T has no meaning here: every validation sample is right" in capsys.readouterr().out
 
 
 def test_cola_is_selected_and_reported_by_matthews_correlation(random_folder, tmp_path, capsys):
