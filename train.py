@@ -392,7 +392,7 @@ def probe(args, model, task, features_0, state):
     labels = task.splits["train"].labels
     size, (_, total) = model.head.weight.numel() + model.head.bias.numel(), count_parameters(model)
     print(f"\nLP    trains the head alone, on {len(labels)} fixed features: {size:,} of {total:,} "
-          f"parameters ({100 * size / total:.1f} %)")
+          f"parameters ({100 * size / total:.3g} %)")
     found = fit_linear_probe(features_0["train"], labels, len(task.labels), args.lp_inverse_l2,
                              args.lp_scoring)
     set_head(model, found)
@@ -483,7 +483,7 @@ def fine_tune_stage(args, model, tokenizer, task, state):
     trainable, total = count_parameters(model)
     what = f"LoRA (r = {args.lora_r}) on query and value" if args.lora else "the whole encoder"
     print(f"\nFT    trains {what}, and the head: {trainable:,} of {total:,} parameters "
-          f"({100 * trainable / total:.1f} %)\n"
+          f"({100 * trainable / total:.3g} %)\n"
           "FT    epoch 0 is the start, without dropout; then loss and train are means over the epoch, with it")
     lines = [state.parts["lp"]["record"]] if "lp" in state.parts else []
 
