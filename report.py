@@ -340,7 +340,7 @@ def claim_rows(judged):
             numbers, why = ["", ""], f": {part['why']}" if "why" in part else ""
             if "mean" in part:
                 numbers = [number(part["mean"]), f"{number(part['lower'])} to {number(part['upper'])}"]
-                why = f" ({len(part['seeds'])} seeds)" * (len(part["seeds"]) < most)
+                why += f" ({len(part['seeds'])} seeds)" * (len(part["seeds"]) < most)
             yield [part["part"], *numbers, f"> {part['margin']:g}", part["verdict"] + why], False
 
 

@@ -7,6 +7,7 @@ from scipy import stats
 from scipy.stats import linregress
 
 import claims
+import report
 import reproduce
 from report import METHODS
 
@@ -118,7 +119,9 @@ def test_scores_that_differ_by_few_test_samples_decide_nothing():
                 results[f"LP-seed{seed}"]["accuracy"]["test"] + samples / 1000)  # in every seed the same
         part = only(judged(results, 3, "accuracy: LoRA - LP"))
         assert part["verdict"] == verdict and part["lower"] == pytest.approx(samples / 1000)
-        assert part.get("why") == ("fewer than 6 test samples from the bound" if samples == 5 else None)
+        why = ": fewer than 6 test samples from the bound" if samples == 5 else ""
+        rows = report.claim_rows(claims.judge(results, [1, 2, 3]))  # the reader is told why
+        assert [cells[-1] for cells, _ in rows if cells[0] == part["part"]] == [verdict + why]
 
 
 def test_samples_are_counted_split_by_split_by_accuracy_and_from_the_bound():
