@@ -7,7 +7,7 @@ seed, and a margin that the number has to exceed. Over seeds the numbers have a 
 (Student's t): the part holds if the interval is above the margin, does not hold if it is below, and is
 undecided if the margin is inside. A claim holds if every part does and does not hold if one does not.
 
-Bounds other than 0 are this project's reading of the paper's words: "far more" is twice, "matches" is at most one
+Bounds other than 0 and the twice of claim 1 are this project's reading of the paper's words: "far more" is twice, "matches" is at most one
 point less, "nearly" is nine tenths of a rank and half of a singular value.
 
 All runs share their test samples, whose chance seeds do not see. So a score that is closer to its bound than 6
@@ -205,7 +205,8 @@ def scale_parts(places, scales):
     ranges = [[*scales], [factor for factor in scales if factor >= 1]]
     if len(ranges[1]) in (1, len(ranges[0])):  # no larger head, or no smaller one
         ranges.pop()
-    return [Part(f"fall of Diff(F) per factor 10 of the head, {factors[0]:g} to {factors[-1]:g}, {name}, {place}",
+    return [Part("fall of Diff(F) per factor 10 of the head, "
+                 + f"{factors[0]:g} to {factors[-1]:g}, " * (len(factors) > 1) + f"{name}, {place}",
                  fall(name, splits, factors))
             for place, splits in places.items() for name in ("FT", "LP-FT") for factors in ranges]
 

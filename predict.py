@@ -33,7 +33,8 @@ CHUNK = 10_000  # lines; sorted by length within, so that batches hold little pa
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Classify lines of text with a finished run of train.py.",
-                                     epilog="Example: echo 'the film was good .' | python predict.py RUN_DIR")
+                                     epilog="Example: echo 'the film was good .' | python predict.py RUN_DIR",
+                                     allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's folder, as train.py printed it")
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE",
                         help="UTF-8, one sample a line; the two texts of a pair with a tab between (default: "

@@ -14,12 +14,15 @@ import argparse
 import hashlib
 import inspect
 import json
+import os
 import random
 import shutil
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
 
 import tokenizers
 import torch
@@ -54,6 +57,7 @@ class Settings:
     mask_function: float = 0.05
     first_token_weight: float = 0.5
     gate: float = 0.9  # validation accuracy that LP must reach
+    threads: int = 2  # another number adds in another order, which after 4000 steps is another encoder
 
 
 def tiny_config():
@@ -105,7 +109,7 @@ def cache_key(settings):
 def pretrain(settings, state=None):
     """Train an encoder on the CPU, without dropout; it is saved with dropout for fine-tuning.
 
-    Goes on from a resume.StateFile with the same number of threads: another one rounds differently.
+    Goes on from a resume.StateFile, if that holds progress.
     """
     torch.manual_seed(settings.seed)
     rng = random.Random(settings.seed)
@@ -121,6 +125,7 @@ def pretrain(settings, state=None):
         (step + 1) / warmup, (settings.steps - step) / (settings.steps - warmup)))
     batches = evaluation_batches(corpus.lengths, settings.batch_size)  # like lengths: little padding
     order, done, threads = [], 0, torch.get_num_threads()
+    torch.set_num_threads(settings.threads)  # whatever the machine has
     if state and state.parts:
         language_model.load_state_dict(state.parts["weights"])
         optimizer.load_state_dict(state.parts["optimizer"])
@@ -128,12 +133,10 @@ def pretrain(settings, state=None):
         set_random_state(state.parts["random"])
         rng.setstate(state.parts["rng"])
         order, done = state.parts["order"], state.parts["step"]
-        torch.set_num_threads(state.parts["threads"])
 
     def save(step):
         state.save(weights=language_model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.getstate(),
-                   schedule=schedule.state_dict(), random=random_state(torch.device("cpu")), order=order, step=step,
-                   threads=torch.get_num_threads())
+                   schedule=schedule.state_dict(), random=random_state(torch.device("cpu")), order=order, step=step)
 
     try:
         with tqdm(total=settings.steps, initial=done, desc="pre-training", unit="step", mininterval=1.0) as bar:

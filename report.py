@@ -233,7 +233,7 @@ def write_report(out):
     filled |= {"Diff(F) and kept epoch by factor on the starting head (Fig. 3, 10, 11)": scale_table(results, seeds, splits)}
     if tuning:
         filled |= {TUNING: tuning_table(tuning, plan)}
-    filled = {title: table for title, table in filled.items() if table}
+    filled = {title: table for title, table in filled.items() if any(table.values())}
     judged = judge(results, seeds)
     content = {"seeds": seeds, "claims": judged, "tables": filled}
     write_text(out / "tables.json", json.dumps(content, indent=1) + "\n")
@@ -288,14 +288,14 @@ def introduction(out, plan, tuning, first, seeds):
     return [
         f"Made by `{plan['command']}`. Samples: {samples}.",
         "Mean ± standard deviation over seeds; intervals are the 95 % intervals of a mean over seeds (Student's t), "
-        "mostly of a paired difference. Seeds vary head, dropout, order and the samples of the kernel, and with "
+        "mostly of a paired difference. Seeds vary head, LoRA, dropout, order and the samples of the kernel, and with "
         "--max-train the training samples: an interval says nothing about other data, another encoder or other "
         "learning rates.",
-        "A part of a claim holds where its interval is above the bound, does not hold where it is below, and is undecided "
-        "where the bound is inside. A claim holds where all its parts do, does not hold where one does not, and is "
-        "undecided else. Bounds other than 0 are this project's reading of the paper's \"far\", \"matches\" and "
-        "\"nearly\". All runs share the test samples: a score that is fewer than 6 of them from its bound is undecided "
-        "whatever the seeds say. Every interval is 95 % by itself, not all of them together: of ten parts whose true values "
+        "A part of a claim holds where its interval is above the bound, does not hold where none of it is, and is undecided "
+        "else. A claim holds where all its parts do, does not hold where one does not, and is undecided else. Bounds "
+        "other than 0 and the twice of claim 1 are this project's reading of the paper's \"far\", \"matches\" and "
+        "\"nearly\". All runs share the test samples: a score that is fewer than 6 of them from its bound, or on the other "
+        "side of it once they are added over splits, is undecided whatever the seeds say. Every interval is 95 % by itself, not all of them together: of ten parts whose true values "
         "lie exactly at their bounds, one or more would not hold by luck alone in about one claim of five.",
         "Every number, with the files and the key behind it: `tables.json`.",
         f"Learning rate (batch size, epochs): {', '.join(used)}. " + (
@@ -401,7 +401,8 @@ def as_html(title, intro, judged, filled, figures, commands, out):
             "<h2>The seven claims</h2><table class=claims>",
             row(["measured", "mean", "95 % interval", "bound", "verdict"], "th")]
     for cells, heads in claim_rows(judged):
-        verdict = f"<span class='{cells[-1].split()[0]}'>{html.escape(cells[-1])}</span>"
+        word = cells[-1].replace(":", "").split()[0]
+        verdict = f"<span class='{word}'>{html.escape(cells[-1])}</span>"
         if heads:
             body.append(f"<tr class=head><td colspan=4>{html.escape(cells[0])}<td>{verdict}</tr>")
         else:

@@ -28,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
+
 import numpy as np
 import torch
 
@@ -130,10 +132,10 @@ def scale_runs(args, rates):
     runs = {}
     for name in ("FT", "LP-FT"):
         rate = ["--lr", rates[name]] if name in rates else []
-        for scale in sorted(set(args.scales) - {1}):
+        for scale in sorted({f"{scale:g}" for scale in args.scales} - {"1"}, key=float):
             for seed in range(1, args.seeds + 1):
-                flags = [*common_flags(args, name, seed), *rate, "--head-scale", f"{scale:g}"]
-                runs[f"{name}-scale{scale:g}-seed{seed}"] = flags
+                flags = [*common_flags(args, name, seed), *rate, "--head-scale", scale]
+                runs[f"{name}-scale{scale}-seed{seed}"] = flags
     return runs
 
 
@@ -241,9 +243,9 @@ def check_data(args):
     if "test" not in rows.splits:
         raise ValueError(f"--data {args.data}: has no test split, which tables and claims are about")
     labels = rows.indices
-    for seed in (*range(1, args.seeds + 1), *TUNING_SEEDS):
+    for seed in (*range(1, args.seeds + 1), *(() if args.no_tuning else TUNING_SEEDS)):
         drawn = draw(np.arange(len(labels["train"])), args.max_train, seed)
-        refuse_missing_classes(rows, drawn)
+        refuse_missing_classes(rows, drawn, f" drawn with seed {seed}" * (args.max_train is not None))
         if args.ntk and seed not in TUNING_SEEDS:
             of_seed = labels | {"train": labels["train"][drawn]}
             train.pick_ntk_samples(args.ntk, seed, of_seed, list(rows.labels.values()))

@@ -24,8 +24,8 @@ import signal
 import sys
 from pathlib import Path
 
-# Before torch: threads that wait for each other give way soon. Where other work fills the cores, torch's own patience
-# (300 times this) makes small steps wait 20 times as long.
+# Before torch: of its threads (GNU OpenMP's) one that waits for another gives way soon. By default it is 300 times as
+# patient, and a run took 20 times as long where other work filled the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np

@@ -169,7 +169,7 @@ def read_labels(source, labels, pairs):
     if not found:
         raise ValueError(f"{source.args[0]}, line 1: no rows of text up to the end of the file")
     if len(index) < 2:
-        raise ValueError(f"{where}, the end of the file: {label!r} is its only label; expected two or more")
+        raise ValueError(f"{where}: the end of the file; {label!r} is its only label, expected two or more")
     return np.asarray(found, np.int64), pairs
 
 
@@ -199,12 +199,12 @@ def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_t
     return Task(encoded, names, rows.metric, rows.pairs)
 
 
-def refuse_missing_classes(rows, train):
-    """ValueError if one of the classes has none of the training rows of these numbers."""
+def refuse_missing_classes(rows, train, how=""):
+    """ValueError if one of the classes has none of the training rows of these numbers; `how` they came about."""
     names = list(rows.labels.values())
     missing = set(range(len(names))) - set(rows.indices["train"][train].tolist())
     if missing:
-        raise ValueError(f"{rows.name}: the {len(train)} training samples have no "
+        raise ValueError(f"{rows.name}: the {len(train)} training samples{how} have no "
                          f"{readers.listing([names[i] for i in sorted(missing)])}; every class needs samples there")
 
 

@@ -120,8 +120,10 @@ def test_scores_that_differ_by_few_test_samples_decide_nothing():
         part = only(judged(results, 3, "accuracy: LoRA - LP"))
         assert part["verdict"] == verdict and part["lower"] == pytest.approx(samples / 1000)
         why = ": fewer than 6 test samples from the bound" if samples == 5 else ""
-        rows = report.claim_rows(claims.judge(results, [1, 2, 3]))  # the reader is told why
-        assert [cells[-1] for cells, _ in rows if cells[0] == part["part"]] == [verdict + why]
+        every = claims.judge(results, [1, 2, 3])
+        assert [cells[-1] for cells, _ in report.claim_rows(every) if cells[0] == part["part"]] == [verdict + why]
+        page = report.as_html("", [], every, {}, {}, [], None)
+        assert f"<span class='{verdict.split()[0]}'>{verdict}{why}</span>" in page
 
 
 def test_samples_are_counted_split_by_split_by_accuracy_and_from_the_bound():
@@ -239,8 +241,10 @@ def test_the_parts_of_claim_6_name_their_factors_and_none_is_there_twice():
     for kept, ranges in (((0.1, 10), {"0.1 to 10", "1 to 10"}), ((10, 100), {"1 to 100"}), ((0.1, 0.5), {"0.1 to 1"})):
         results = {name: result for name, result in made_up().items()
                    if "scale" not in name or float(name.split("scale")[1].split("-")[0]) in kept}
-        verdict, parts = judged(results, 6)
-        assert {name.split(", ")[1] for name in parts} == ranges and verdict == "holds", parts
+        claim = claims.judge(results, [1, 2, 3])[5]
+        names = [part["part"] for part in claim["parts"]]
+        assert {name.split(", ")[1] for name in names} == ranges and len(names) == 4 * len(ranges)
+        assert claim["verdict"] == "holds"
 
 
 def test_a_fall_that_ends_at_the_head_itself_is_seen():

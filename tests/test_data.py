@@ -192,7 +192,7 @@ BAD_FILES = [
     ("train.csv", b"sentence,label\nfine,0\n", "line 1: columns sentence, label; expected text"),
     ("train.csv", b"text,class\nfine,0\n", "line 1: columns text, class; expected text, .* and label"),
     ("train.csv", b"", "line 1: no rows"),
-    ("train.csv", b"text,label\nfine,0\ngood,0\n", "line 3, the end of the file: '0' is its only label"),
+    ("train.csv", b"text,label\nfine,0\ngood,0\n", "line 3: the end of the file; '0' is its only label"),
     ("train.csv", b"text,label\nfine,0\ngood,1\n", "line 3: the end; .*two classes"),
     ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": \n', "line 2: not JSON"),
     ("train.jsonl", b'["a", 0]\n', "line 1: expected a JSON object"),

@@ -41,9 +41,17 @@ def test_the_encoder_is_trained_once_and_then_read_from_the_cache(tmp_path, monk
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_the_same_seed_pre_trains_the_same_encoder():
-    first, second = pretrain.pretrain(FEW), pretrain.pretrain(FEW)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+def test_the_same_seed_pre_trains_the_same_encoder_whatever_the_number_of_threads():
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            found.append(pretrain.pretrain(FEW))
+            assert torch.get_num_threads() == threads  # what follows has its own again
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0].parameters(), other.parameters()))
 
 
 def test_the_cache_key_follows_the_settings_and_the_code(monkeypatch):

@@ -288,7 +288,7 @@ def test_scaled_runs_are_those_of_fig_3_with_the_chosen_rates():
     parsed = train.parse_args(runs["FT-scale0.1-seed2"])
     assert (parsed.head_scale, parsed.lr, parsed.seed, parsed.method) == (0.1, 7e-4, 2, "ft")
     assert train.parse_args(reproduce.main_runs(args, {"FT": "7e-4"})["FT-seed1"]).lr == 7e-4
-    assert reproduce.scale_runs(reproduce.parse_args(["--scales", "1"]), {}) == {}
+    assert reproduce.scale_runs(reproduce.parse_args(["--scales", "1", "1.0000001"]), {}) == {}
     few = reproduce.scale_runs(reproduce.parse_args(["--scales", "0.1", "1", "10"]), {})
     assert set(claims.scale_names(few)) == {0.1, 1.0, 10.0} and claims.scale_names({})[1.0]["FT"] == "FT"
 
@@ -302,7 +302,9 @@ def test_a_class_that_only_a_tuning_seed_would_miss_is_found_before_the_first_ru
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\ngood\tyes\nbad\tno\n")
     flags = ["--data", str(tmp_path), "--max-train", "20", "--model", str(random_folder), "--ntk", "0", "--seeds", "2"]
     assert reproduce.main([*flags, "--out", str(tmp_path / "x")]) == 2
-    assert "the 20 training samples have no no" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    assert "the 20 training samples drawn with seed 101 have no no" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    reproduce.check_data(reproduce.parse_args([*flags, "--no-tuning"]))  # then that seed is not drawn
 
 
 def test_another_folder_of_the_same_name_is_not_the_same_data(tmp_path, monkeypatch):
