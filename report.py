@@ -380,7 +380,7 @@ td, th { box-sizing: border-box; padding: .25em .3em; border-bottom: 1px solid #
          overflow-wrap: anywhere; hyphens: auto; }
 th { font-size: .85em; letter-spacing: -.02em; } th:first-child { width: 20%; }
 .commands th:nth-child(1) { width: 21%; } .commands th:nth-child(2) { width: 15%; }
-.claims th:nth-child(1) { width: 31%; } .claims th:nth-child(2) { width: 14%; } .claims th:nth-child(4) { width: 15%; }
+.claims th:nth-child(1) { width: 29%; } .claims th:nth-child(2) { width: 16%; } .claims th:nth-child(4) { width: 15%; }
 .claims th:nth-child(5) { width: 21%; }
 .head td { font-weight: 600; border-top: 2px solid #999; } small { color: #666; }
 code { overflow-wrap: anywhere; } img { width: 100%; height: auto; }
