@@ -7,8 +7,8 @@ seed, and a margin that the number has to exceed. Over seeds the numbers have a 
 (Student's t): the part holds if the interval is above the margin, does not hold if it is below, and is
 undecided if the margin is inside. A claim holds if every part does and does not hold if one does not.
 
-Bounds other than 0 and the twice of claim 1 are this project's reading of the paper's words: "far more" is twice, "matches" is at most one
-point less, "nearly" is nine tenths of a rank and half of a singular value.
+The twice of claim 1 and bounds other than 0 are this project's reading of the paper's words: "far more" is twice,
+"matches" is at most one point less, "nearly" is nine tenths of a rank and half of a singular value.
 
 All runs share their test samples, whose chance seeds do not see. So a score that is closer to its bound than 6
 samples, or whose samples, added over splits, lie on the other side of it, is undecided, whatever the seeds say. 6 is
@@ -234,8 +234,8 @@ def judge(results, seeds):
 
     results {run: what result.json holds}. A part uses the seeds that have its runs; with fewer than two, or where
     a number is not defined, it is "not measured", and `why` says so, as it does where the shared test samples leave
-    a part undecided that its interval would decide. sources are [file, key] pairs. A claim holds
-    where every part does, does not hold where one does not, and is undecided in between.
+    a part undecided that its interval would decide. sources are [file, key] pairs. A claim holds where every part does,
+    does not hold where one does not, and is undecided in between.
     """
     first = results[f"LP-seed{seeds[0]}"]
     judged = []

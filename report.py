@@ -295,8 +295,9 @@ def introduction(out, plan, tuning, first, seeds):
         "else. A claim holds where all its parts do, does not hold where one does not, and is undecided else. Bounds "
         "other than 0 and the twice of claim 1 are this project's reading of the paper's \"far\", \"matches\" and "
         "\"nearly\". All runs share the test samples: a score that is fewer than 6 of them from its bound, or on the other "
-        "side of it once they are added over splits, is undecided whatever the seeds say. Every interval is 95 % by itself, not all of them together: of ten parts whose true values "
-        "lie exactly at their bounds, one or more would not hold by luck alone in about one claim of five.",
+        "side of it once they are added over splits, is undecided whatever the seeds say. Every interval is 95 % by "
+        "itself, not all of them together: of ten parts whose true values lie exactly at their bounds, one or more would "
+        "not hold by luck alone in about one claim of five.",
         "Every number, with the files and the key behind it: `tables.json`.",
         f"Learning rate (batch size, epochs): {', '.join(used)}. " + (
             f"Rates were chosen by the mean validation score over two tuning seeds of their own, in the table \"{TUNING}\""

@@ -210,6 +210,9 @@ def test_a_file_that_cannot_be_read_is_named(run, tmp_path, capsys):
     for path, what in ((tmp_path / "none.txt", "no such file"), (tmp_path, "is a folder")):
         assert predict.main([str(run[0]), str(path)]) == 2
         assert capsys.readouterr().err == f"predict.py: error: {path}: {what}; expected a file of texts\n"
+    with pytest.raises(SystemExit):
+        predict.main([str(run[0]), "--form", "jsonl"])  # flags are not abbreviated
+    assert "unrecognized arguments: --form" in capsys.readouterr().err
 
 
 def test_predictions_into_a_closed_pipe_end_quietly(run, tmp_path):

@@ -527,6 +527,10 @@ def test_without_tuning_rates_are_those_of_train_py(made_up_runs, tmp_path):
     assert reproduce.main(["--no-tuning", "--scales", "1", "--ntk", "0", "--seeds", "2", "--out", str(tmp_path / "x")]) == 0
     assert train.parse_args(asked["FT-seed1"]).lr == 1.5e-3 and train.parse_args(asked["FT-seed1"]).ntk is None
     assert len(asked) == 10
+    for path in (tmp_path / "x" / "runs").glob("*/result.json"):  # as train.py writes it without a kernel
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "ntk"}))
+    assert report.main([str(tmp_path / "x")]) == 0
+    assert "## Kernel" not in (tmp_path / "x" / "report.md").read_text()  # no table without cells
     extra = tmp_path / "x" / "runs" / "tune-FT=5.0e-04-seed101"
     extra.mkdir()
     (extra / "result.json").write_text('{"metric": "accuracy", "accuracy": {}, "val_accuracy": 0.5}')

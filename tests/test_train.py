@@ -102,6 +102,17 @@ def test_a_temperature_without_bound_is_explained(right, random_folder, monkeypa
     assert ("worse than chance" in out) == (not right) and "T has no meaning" not in out
 
 
+@pytest.mark.parametrize("command", ["train", "predict", "pretrain", "reproduce"])
+def test_threads_that_wait_give_way_in_every_command_that_computes(command):
+    """GNU OpenMP reads this once, when torch is loaded, so it has to be set before."""
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | {"OMP_DISPLAY_ENV": "verbose"}
+    said = subprocess.run([sys.executable, f"{command}.py", "--help"], capture_output=True, text=True, env=env,
+                          cwd=Path(train.__file__).parent).stderr
+    if "GOMP_SPINCOUNT" not in said:
+        pytest.skip("this PyTorch does not use GNU OpenMP")
+    assert "GOMP_SPINCOUNT = '1000'" in said
+
+
 def test_a_temperature_fitted_where_all_is_right_is_said_to_mean_nothing(random_folder, monkeypatch, capsys):
     encoder, tokenizer = load_pretrained(random_folder)
     task = load_task("tiny", tokenizer, max_train=60, max_test=0)
