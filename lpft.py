@@ -13,6 +13,7 @@ Shapes: N samples, C classes, h feature width.
 
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -46,6 +47,11 @@ def to_device(batch, device):
     return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in batch.items()}
 
 
+def padding(device):
+    """Batches are as long as a multiple of this: for every new shape a GPU first looks for its fastest kernels."""
+    return 8 if device.type == "cuda" else 1
+
+
 def mixed_precision(device):
     """bfloat16 matrix products on CUDA, around float32 weights; plain float32 elsewhere."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
@@ -59,7 +65,7 @@ def predict(model, split, batch_size=64, desc=None):
     features = torch.empty(len(split), model.head.in_features)
     batches = evaluation_batches(split.lengths, batch_size)
     for indices in tqdm(batches, desc=desc, disable=desc is None, leave=False):
-        batch, _ = split.batch(indices)
+        batch, _ = split.batch(indices, padding(device))
         features[indices] = model.features(**to_device(batch, device)).float().cpu()
     model.train(was_training)
     head = model.head
@@ -157,7 +163,7 @@ def before_training(model, train):
 def load_batches(split, batches, num_workers, device):
     """(batch, labels) for each index array, cut and padded by `num_workers` processes, or by this one if 0."""
     # its own generator: the loader draws a seed that nothing here uses, and must not shift dropout's
-    return DataLoader(batches, batch_size=None, collate_fn=split.batch, num_workers=num_workers,
+    return DataLoader(batches, batch_size=None, collate_fn=partial(split.batch, multiple_of=padding(device)), num_workers=num_workers,
                       pin_memory=device.type == "cuda", generator=torch.Generator())
 
 

@@ -60,7 +60,7 @@ class FixedBatches(transformers.Trainer):
                                    generator)
         collated = []
         for indices in batches:
-            batch, labels = self.train_dataset.batch(indices)
+            batch, labels = self.train_dataset.batch(indices, lpft.padding(self.args.device))
             collated.append(batch | {"labels": labels})
         return torch.utils.data.DataLoader(collated, batch_size=None)
 

@@ -64,10 +64,13 @@ class Split:
         return {"input_ids": self.ids[tokens].tolist(),
                 "token_type_ids": self.types[tokens].tolist(), "label": int(self.labels[index])}
 
-    def batch(self, indices):
-        """({input_ids, attention_mask, token_type_ids} each long (N, L), labels (N,))."""
+    def batch(self, indices, multiple_of=1):
+        """({input_ids, attention_mask, token_type_ids} each long (N, L), labels (N,)).
+
+        L is the longest sample's length, rounded up to `multiple_of` (but not beyond the split's longest).
+        """
         indices = np.asarray(indices)
-        longest = self.lengths[indices].max()
+        longest = min(-(-self.lengths[indices].max() // multiple_of) * multiple_of, self.lengths.max())
         columns = np.arange(longest)
         mask = columns < self.lengths[indices, None]  # (N, L)
         positions = np.where(mask, self.starts[indices, None] + columns, 0)  # (N, L), 0 is unused
