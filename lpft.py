@@ -15,6 +15,7 @@ import math
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -62,13 +63,13 @@ def predict(model, split, batch_size=64, desc=None):
     """(features (N, h), logits (N, C)) of a Split in its order: float32, on the CPU, no dropout."""
     device, was_training = device_of(model), model.training
     model.eval()
-    features = torch.empty(len(split), model.head.in_features)
-    batches = evaluation_batches(split.lengths, batch_size)
+    batches, parts = evaluation_batches(split.lengths, batch_size), []
     for indices in tqdm(batches, desc=desc, disable=desc is None, leave=False):
         batch, _ = split.batch(indices, padding(device))
-        features[indices] = model.features(**to_device(batch, device)).float().cpu()
+        parts.append(model.features(**to_device(batch, device)).float())
     model.train(was_training)
-    head = model.head
+    features, head = torch.empty(len(split), model.head.in_features), model.head
+    features[np.concatenate(batches)] = torch.cat(parts).cpu()  # all at once: a GPU is not waited for in between
     return features, F.linear(features, head.weight.float().cpu(), head.bias.float().cpu())
 
 

@@ -28,9 +28,10 @@ import torch
 import transformers
 
 import predict
+from checkpoint import read_safetensors
 from data import Task
 from data.corpora import CORPORA, corpus_sources
-from export import export_classifier, load_classifier, save_classifier
+from export import export_classifier, save_classifier
 from model import Classifier, load_pretrained
 
 BATCH, LENGTH, CHUNK = 64, 128, predict.CHUNK
@@ -49,20 +50,19 @@ def collect_texts(data_dir, count):
 
 
 def by_transformers(folder, texts, device="cpu"):
-    """`folder` is an export, beside it the run folder `run`."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    encoder = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).eval().to(device)
-    model, _, settings = load_classifier(folder.parent / "run")
-    model.to(device)
-
+    """`folder` is an export."""
     @torch.no_grad()
-    def run():
+    def run():  # the model is read within the time, as a user has it
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        encoder = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).eval().to(device)
+        head = read_safetensors(folder / "head.safetensors")
+        V, b, temperature = (head[name].to(device) for name in ("weight", "bias", "temperature"))
         rows = []
         for start in range(0, len(texts), BATCH):
             batch = tokenizer(texts[start:start + BATCH], padding=True, truncation=True, max_length=LENGTH,
                               return_tensors="pt").to(device)
             features = encoder(**batch).last_hidden_state[:, 0]
-            rows.append((model.head(features) / settings["temperature"]).softmax(1))
+            rows.append(((features @ V.T + b) / temperature).softmax(1))
         return torch.cat(rows).cpu()
 
     return run
@@ -74,7 +74,7 @@ def by_predict(folder, file, device="cpu"):
     def run():
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-            predict.run(args)  # the model is read within the time, as a user has it
+            predict.run(args)
         return torch.tensor([[float(x) for x in line.split("\t")[1:]] for line in out.getvalue().splitlines()[1:]])
 
     return run

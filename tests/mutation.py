@@ -1,0 +1,200 @@
+"""Do the tests notice a wrong line? Break the method's code in many small ways and look.
+
+    python tests/mutation.py                    300 mutants of seed 0, two at a time: about an hour on 2 cores
+    python tests/mutation.py --only lpft.py --sample 40 --seed 1
+
+A mutant is the project with one statement removed, or one operator or constant changed, in a function that
+computes what is reported. It is killed if a test of that file fails or hangs, and survives if all pass. Printed are
+the survivors and the score, killed / (all - equivalent). A survivor that computes the same thing is equivalent:
+it stands in EQUIVALENT, with the reason. (The well-kept tools remove no statements and draw no seeded samples.)
+"""
+
+import argparse
+import ast
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 300  # seconds for the tests of one mutant; one that needs longer hangs
+# The functions that are broken ("*": all), and the tests that should notice, the quickest first.
+TARGETS = {
+    "model.py": (("*",), ("test_model.py", "test_checkpoint.py", "test_protocol.py", "test_recompute.py")),
+    "lpft.py": (("*",), ("test_lpft.py", "test_protocol.py", "test_recompute.py", "test_resume.py")),
+    "linear_probe.py": (("*",), ("test_lpft.py",)),
+    "ntk.py": (("initial_deltas", "predicted_logit_change", "ft_ratio", "kernel_statistics", "kernel_regression"),
+               ("test_ntk.py", "test_recompute.py")),
+    "train.py": (("evaluate", "probe"), ("test_recompute.py", "test_train.py")),
+}
+SWAPS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*", ast.FloorDiv: "*", ast.Mod: "*",
+         ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
+         ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in", ast.And: "or", ast.Or: "and", ast.BitOr: "&",
+         ast.BitAnd: "|"}
+# {(file, function, line of code as it is, what stands there instead): why nothing that is reported changes}
+EQUIVALENT = {}
+
+
+def mutants_of(file):
+    """[(file, function, line number, line, start, stop, text)]: text replaces the bytes start to stop of the file."""
+    source = (ROOT / file).read_bytes()
+    lines = source.split(b"\n")
+    offsets = [0]
+    for line in lines:
+        offsets.append(offsets[-1] + len(line) + 1)
+    wanted, found = TARGETS[file][0], []
+
+    def add(function, node, text, start=None, stop=None):
+        start = offsets[node.lineno - 1] + node.col_offset if start is None else start
+        stop = offsets[node.end_lineno - 1] + node.end_col_offset if stop is None else stop
+        found.append((file, function, node.lineno, lines[node.lineno - 1].decode().strip(), start, stop, text))
+
+    def between(function, left, right, node, new):  # the operator stands between two operands
+        start = offsets[left.end_lineno - 1] + left.end_col_offset
+        stop = offsets[right.lineno - 1] + right.col_offset
+        old = {"is not": b"is not", "not in": b"not in"}.get(new)
+        gap = source[start:stop]
+        for token in sorted((b"is not", b"not in", b"**", b"//", b"<=", b">=", b"==", b"!=", b"and", b"or", b"is", b"in",
+                             b"<", b">", b"+", b"-", b"*", b"/", b"%", b"|", b"&"), key=len, reverse=True):
+            if token in gap and token != old:
+                at = start + gap.index(token)
+                add(function, left, new, at, at + len(token))
+                found[-1] = (*found[-1][:2], node.lineno, lines[node.lineno - 1].decode().strip(), *found[-1][4:])
+                return
+
+    def visit(node, function):
+        if isinstance(node, ast.Raise) or isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "print", "tqdm.write", "tqdm", "ValueError"):
+            return  # messages have tests of their own
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr, ast.If, ast.For, ast.With, ast.Return, ast.Break,
+                             ast.Continue)) and not isinstance(getattr(node, "value", None), (ast.Constant, ast.JoinedStr)):
+            if not (isinstance(node, ast.Expr) and ast.unparse(node).startswith(("print(", "tqdm.write("))):
+                add(function, node, "pass")
+        if isinstance(node, ast.Constant) and not isinstance(node.value, (str, bytes, type(None), type(...))):
+            value = node.value
+            add(function, node, str(not value) if isinstance(value, bool) else repr(value + 1))
+        if isinstance(node, ast.BinOp) and type(node.op) in SWAPS:
+            between(function, node.left, node.right, node, SWAPS[type(node.op)])
+        if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+            between(function, node.left, node.comparators[0], node, SWAPS[type(node.ops[0])])
+        if isinstance(node, ast.BoolOp):
+            between(function, node.values[0], node.values[1], node, SWAPS[type(node.op)])
+        body = node.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None
+        children = ast.iter_child_nodes(node) if body is None else body
+        if isinstance(node, ast.FunctionDef):
+            children = [*node.args.defaults, *filter(None, node.args.kw_defaults), *body]
+        for child in children:
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                continue  # a docstring
+            name = function
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                name = f"{function}.{child.name}".lstrip(".")
+                if function == "" and "*" not in wanted and child.name not in wanted:
+                    continue
+            elif isinstance(child, (ast.JoinedStr, ast.AnnAssign)) or function == "" and isinstance(child, ast.stmt):
+                continue  # messages; constants and imports at the top have no function
+            visit(child, name)
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def broken(mutant):
+    """The mutant's file; of (file,) alone, as it is."""
+    source = (ROOT / mutant[0]).read_bytes()
+    if len(mutant) == 1:
+        return source
+    return source[:mutant[4]] + mutant[6].encode() + source[mutant[5]:]
+
+
+def run_tests(mutant, folder):
+    """In a copy of the project: True if a test noticed. Forks, so that torch and the peers are imported once."""
+    file = folder / mutant[0]
+    file.write_bytes(broken(mutant))
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        quiet = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(quiet, stream)
+        import pytest
+
+        tests = [str(folder / "tests" / name) for name in TARGETS[mutant[0]][1]]
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status) != 0
+            time.sleep(0.05)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return True
+    finally:
+        shutil.copy(ROOT / mutant[0], file)
+
+
+def key(mutant):
+    return mutant[0], mutant[1], mutant[3], mutant[6]
+
+
+def score(sample, workers=2):
+    """(number killed, [survivors that are not equivalent], number equivalent) of a list of mutants."""
+    import numpy, peft, pytest, scipy, sklearn.linear_model, sklearn.model_selection, torch, transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / str(i) for i in range(workers)]
+        for folder in folders:
+            shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "runs", "docs", "__pycache__"))
+
+        for file in sorted({mutant[0] for mutant in sample}):
+            if run_tests((file,), folders[0]):
+                raise RuntimeError(f"the tests of {file} fail as it is; mend that first")
+
+        def work(item):
+            number, mutant = item
+            folder = folders.pop()
+            killed = run_tests(mutant, folder)
+            folders.append(folder)
+            print(f"{number:4d} {'killed  ' if killed else 'SURVIVED'} {mutant[0]}:{mutant[2]} {mutant[1]}: "
+                  f"{mutant[3][:70]!r} with {mutant[6]!r}", flush=True)
+            return killed
+
+        with ThreadPoolExecutor(workers) as pool:
+            killed = list(pool.map(work, enumerate(sample, 1)))
+    alive = [mutant for mutant, dead in zip(sample, killed) if not dead]
+    survivors = [mutant for mutant in alive if key(mutant) not in EQUIVALENT]
+    return sum(killed), survivors, len(alive) - len(survivors)
+
+
+def draw(count, seed, only=None):
+    """`count` mutants of all of TARGETS, drawn with `seed`."""
+    everything = [mutant for file in only or TARGETS for mutant in mutants_of(file)]
+    return random.Random(seed).sample(everything, min(count, len(everything)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=TARGETS)
+    args = parser.parse_args()
+    killed, survivors, equivalent = score(draw(args.sample, args.seed, args.only))
+    print(f"\nkilled {killed}, equivalent {equivalent}, survivors {len(survivors)}: "
+          f"score {100 * killed / (killed + len(survivors)):.1f} %")
+    for file, function, line, text, _, _, new in survivors:
+        print(f"  {file}:{line} {function}: {text!r} with {new!r}")
+
+
+if __name__ == "__main__":
+    main()
