@@ -76,9 +76,10 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
         path.append((float(theta[0, :, :-1].norm()), float(right)))
 
     theta = minimise_logistic(z, onehot, everything, inverse_l2, penalty, start, 1e-10, record)[0]
+    theta -= theta.mean(0)  # softmax ignores the mean over classes, and the penalty wants it zero: V has rank C - 1
     weight = theta[:, :-1] @ axes.T  # (C, h)
     bias = theta[:, -1] - weight @ mean  # (C,)
-    return LinearProbe(weight, bias - bias.mean(), inverse_l2, scores, path)  # softmax ignores the mean
+    return LinearProbe(weight, bias, inverse_l2, scores, path)
 
 
 def stratified_folds(labels, folds=5):

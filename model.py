@@ -125,17 +125,21 @@ class Encoder(nn.Module):
         padding. With first_token_only the result is (N, 1, h), the same numbers without the
         other positions of the last layer, which nothing reads.
         """
+        x = self.embed(input_ids, attention_mask, token_type_ids)
+        mask = attention_mask.bool()[:, None, None, :]  # (N, 1, 1, L): every query sees every token
+        for layer in self.layers:
+            x = layer(x, mask, first_token_only and layer is self.layers[-1])
+        return x
+
+    def embed(self, input_ids, attention_mask, token_type_ids=None):
+        """What the first layer reads, (N, L, h): word, position and type embeddings, added and normalised."""
         x = self.word_embeddings(input_ids) + self.position_embeddings(
             self.position_ids(input_ids, attention_mask))  # (N, L, h)
         if self.config.type_vocab_size:
             if token_type_ids is None:
                 token_type_ids = torch.zeros_like(input_ids)
             x = x + self.token_type_embeddings(token_type_ids)
-        x = self.dropout(self.embedding_norm(x))
-        mask = attention_mask.bool()[:, None, None, :]  # (N, 1, 1, L): every query sees every token
-        for layer in self.layers:
-            x = layer(x, mask, first_token_only and layer is self.layers[-1])
-        return x
+        return self.dropout(self.embedding_norm(x))
 
     def position_ids(self, input_ids, attention_mask):
         """(N, L): BERT counts 0, 1, 2, ...; RoBERTa counts tokens from pad_token_id + 1."""
@@ -187,7 +191,11 @@ class Classifier(nn.Module):
 
     def features(self, **batch):
         """phi(x), (N, h). `batch` holds input_ids, attention_mask, token_type_ids, each (N, L)."""
-        return self.encoder(**batch, first_token_only=True)[:, 0]  # (N, h)
+        return self.pool(self.encoder(**batch, first_token_only=True))
+
+    def pool(self, hidden):
+        """phi of the last hidden states (N, L, h): the first token's, (N, h)."""
+        return hidden[:, 0]
 
     def forward(self, **batch):
         """Logits f(x), (N, C)."""

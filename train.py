@@ -116,7 +116,6 @@ def parse_args(argv=None):
     stage.add_argument("--ntk", type=int, nargs="?", const=250, metavar="N",
                        help="before its first step, compute the neural tangent kernel on N training and "
                             "N test samples (1 to 250; 250 if no number is given)")
-    stage.add_argument("--ntk-memory", type=int, metavar="MB", help="what the kernel may take (default: 2048)")
     run_group = parser.add_argument_group("run")
     run_group.add_argument("--seed", type=int, default=0, metavar="S",
                            help="of the random head, LoRA, dropout and order (default: %(default)s)")
@@ -181,7 +180,6 @@ def check_flags(parser, args):
     of_ft = stage | {"--ntk": args.ntk} | {flag: value for flag, (value, _) in loop.items()}
     for flags, wrong, why in ((of_ft, args.method == "lp", "--method lp has no FT stage"),
                               (lora, not args.lora, "it needs --lora"),
-                              ({"--ntk-memory": args.ntk_memory}, args.ntk is None, "it needs --ntk"),
                               (probe, args.method == "ft", "--method ft does no linear probing")):
         for flag, value in flags.items():
             if wrong and value is not None:
@@ -190,8 +188,7 @@ def check_flags(parser, args):
         parser.error(f"--data-dir has no effect: --data is {args.data}, not one of {', '.join(CORPORA)}")
     if args.lp_scoring and args.lp_inverse_l2 is not None:
         parser.error("--lp-scoring has no effect: --lp-inverse-l2 fixes the penalty")
-    positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train,
-                               "--ntk-memory": args.ntk_memory}
+    positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train}
     for flag, value in positive.items():
         if value is not None and not 0 < value < 1e15:
             parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0, below 1e15")
@@ -215,7 +212,6 @@ def fill_defaults(args):
         args.epochs = args.epochs or 10
         args.batch_size = args.batch_size or batch_size
         args.lr = args.lr or lr
-        args.ntk_memory = args.ntk_memory or (2048 if args.ntk else None)
         args.num_workers = args.num_workers or 0
     if args.lora:
         args.lora_r, args.lora_alpha = args.lora_r or 8, args.lora_alpha or 8.0
@@ -326,7 +322,7 @@ def load_train_measure(args, device, why, state):
         if args.lora:
             add_lora(model.encoder, args.lora_r, args.lora_alpha)
         if args.ntk:
-            with memory_advice("--ntk-memory, --ntk or --max-length"):
+            with memory_advice("--ntk or --max-length"):
                 result["ntk"] = ntk_stage(args, model, task, ntk_samples, state)
         with memory_advice("--batch-size or --max-length"):
             result["kept_epoch"] = fine_tune_stage(args, model, tokenizer, task, state)
@@ -446,7 +442,7 @@ def ntk_stage(args, model, task, picked, state):
         batches.append([split.batch(indices[some])[0] for some in order])
         places.append(np.concatenate(order).argsort())  # where each sample is in the batches
     labels, test_labels = train.labels[train_indices], test.labels[test_indices]
-    found = ntk.empirical_ntk(model.eval(), *batches, memory_budget=args.ntk_memory * 2**20, state=state)
+    found = ntk.empirical_ntk(model.eval(), *batches)
     # back to random order, from which kernel regression deals its folds
     found = ntk.NTK(*(kernel[rows][:, :, places[0]] for kernel, rows in (
         (found.pretrain, places[0]), (found.ft, places[0]), (found.test_pretrain, places[1]),
@@ -473,7 +469,6 @@ def ntk_stage(args, model, task, picked, state):
         np.savez(file, pretrain=found.pretrain, ft=found.ft, labels=labels, deltas=deltas,
                  test_pretrain=found.test_pretrain, test_ft=found.test_ft, test_labels=test_labels,
                  train_indices=train_indices, test_indices=test_indices)
-    state.parts.pop("ntk_groups", None)
     state.save(ntk=result)
     return result
 

@@ -92,7 +92,7 @@ def stage_of(run, partial=None):
     parts = resume.load_state(run / "state")
     if "ft" in parts:
         return "FT"
-    return "kernel" if "ntk_groups" in parts or "ntk" in parts else "after LP"
+    return "kernel" if "ntk" in parts else "after LP"
 
 
 def test_killed_at_random_points_a_run_ends_with_the_same_numbers_and_weights(random_folder, tmp_path):
@@ -106,8 +106,8 @@ def test_killed_at_random_points_a_run_ends_with_the_same_numbers_and_weights(ra
 
 @pytest.mark.slow
 def test_25_kills_over_pre_training_lp_kernel_and_ft(tmp_path):
-    """The main job with the kernel in many groups, pre-training included; a quarter of an hour."""
-    flags = ["--lora", "--ntk", "100", "--ntk-memory", "24", "--save-every", "0"]
+    """The main job with the kernel, pre-training included; a quarter of an hour."""
+    flags = ["--lora", "--ntk", "100", "--save-every", "0"]
     assert finish([*flags, "--out", tmp_path / "whole"], tmp_path)[0] == 0
     home, rng, hit = tmp_path / "home", random.Random(1), []
     home.mkdir()
@@ -199,30 +199,6 @@ def test_pre_training_goes_on_bit_for_bit(tmp_path):
     assert resume.load_state(tmp_path / "state")["step"] == 6
     again = pretrain.pretrain(few, resume.StateFile.of(tmp_path / "state"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
-
-
-def test_the_kernel_goes_on_after_its_last_finished_group(random_folder, tmp_path, monkeypatch):
-    encoder, tokenizer = load_pretrained(random_folder)
-    model = Classifier(encoder, 3).eval()
-    batches = [load_task("tiny", tokenizer).splits["train"].batch(range(i, i + 4))[0] for i in (0, 4)]
-    whole = ntk.empirical_ntk(model, batches, memory_budget=2**21)
-    saved, passes = [], []
-
-    class Once(resume.StateFile):
-        def save(self, **parts):
-            super().save(**parts)
-            saved.append(parts)
-            if len(saved) == 2:
-                raise Stop
-
-    with pytest.raises(Stop):
-        ntk.empirical_ntk(model, batches, memory_budget=2**21, state=Once(tmp_path / "state"))
-    original = ntk.inputs_and_gradients
-    monkeypatch.setattr(ntk, "inputs_and_gradients", lambda *a: passes.append(1) or original(*a))
-    again = ntk.empirical_ntk(model, batches, memory_budget=2**21, state=resume.StateFile.of(tmp_path / "state"))
-    assert torch.equal(again.ft, whole.ft) and torch.equal(again.pretrain, whole.pretrain)
-    layers = ntk.trainable_layers(model)
-    assert len(passes) == len(ntk.group_pieces(layers, batches, 3, 2**21, 4)) - 2 > 0
 
 
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
@@ -542,7 +518,7 @@ def test_memory_that_runs_out_is_one_line_with_what_to_lower(random_folder, tmp_
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     for module, name, said in ((train, "fine_tune", "lower --batch-size or --max-length"),
-                               (ntk, "empirical_ntk", "lower --ntk-memory, --ntk or --max-length"),
+                               (ntk, "empirical_ntk", "lower --ntk or --max-length"),
                                (train, "evaluate", "lower --max-length, --batch-size or --max-train")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
