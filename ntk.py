@@ -265,10 +265,10 @@ def linear_kernel(gram, a, g):
     size = max(1, gram.columns // width)
     for o in range(0, out, size):
         size, first = min(size, out - o), 0
-        J = gram.workspace[:R * r * size * width].view(R, r * size, width)
+        J = gram.workspace[:R * r * size * width].view(R, r, size, width)
         for a_batch, g_batch in zip(a, g):
-            g_rows = g_batch[..., o:o + size].transpose(2, 3).flatten(1, 2)  # (n, r size, T)
-            torch.bmm(g_rows, a_batch, out=J[first:first + len(a_batch)])
+            for k in range(r):
+                torch.bmm(g_batch[:, k, :, o:o + size].transpose(1, 2), a_batch, out=J[first:first + len(a_batch), k])
             first += len(a_batch)
         gram.add(J.view(R * r, size * width))
 
