@@ -16,7 +16,6 @@ h width, r rank of V, p parameters; T positions, in and out are of one layer. A 
 the paper's NC x NC matrix once reshaped; test kernels are (M, C, N, C).
 """
 
-import math
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
@@ -235,13 +234,9 @@ class Gram:
     def add(self, J):
         rows = self.kernel.shape[1]
         for chunk in J.split(self.columns, 1):
-            # a GPU is faster, and sums more exactly, with many products of fewer terms
-            slices = math.gcd(chunk.shape[1], 16) if J.is_cuda else 1
-            parts = chunk.unflatten(1, (slices, -1)).transpose(0, 1)  # (slices, R r, terms)
             for start in range(0, rows, 128):  # a multiple of the tiles in which products are computed
                 stop = min(start + 128, rows)
-                products = parts[:, start:] @ parts[:, start:stop].mT  # (slices, R r - start, 128)
-                self.kernel[start:, start:stop] += products.to(self.kernel.device).sum(0, dtype=torch.double)
+                self.kernel[start:, start:stop] += (chunk[start:] @ chunk[start:stop].T).to(self.kernel.device)
 
     def result(self):
         square = self.kernel[:self.kernel.shape[1]].tril()
