@@ -233,10 +233,13 @@ class Gram:
 
     def add(self, J):
         rows = self.kernel.shape[1]
+        tile = -(-rows // -(-rows // 128))  # 64 to 128 rows, or all
         for chunk in J.split(self.columns, 1):
-            for start in range(0, rows, 128):  # a multiple of the tiles in which products are computed
-                stop = min(start + 128, rows)
-                self.kernel[start:, start:stop] += (chunk[start:] @ chunk[start:stop].T).to(self.kernel.device)
+            chunk = chunk if rows >= 64 else chunk.to(self.kernel)  # float32 sums fewer rows less exactly
+            for start in range(0, rows, tile):
+                block = chunk[start:]
+                self.kernel[start:, start:start + tile] += (block @ block[:min(tile, rows - start)].T).to(
+                    self.kernel.device)
 
     def result(self):
         square = self.kernel[:self.kernel.shape[1]].tril()
