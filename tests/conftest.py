@@ -40,21 +40,23 @@ def random_folder(tmp_path_factory):
 
 LORA = ["--lora", "--lora-r", "4", "--lora-alpha", "12"]  # alpha is not r, nor are they the defaults
 FINISHED = {"lp": [], "ft": ["--lr", "2e-3"], "lpft": ["--lr", "3e-4", "--head-scale", "0.5", "--ntk", "40"],
-            "ft-lora": ["--lr", "1e-2", "--head-scale", "3", *LORA], "lpft-lora": ["--lr", "5e-3", "--ntk", "40", *LORA]}
+            "ft-lora": ["--lr", "1e-2", "--head-scale", "3", *LORA],
+            "lpft-lora": ["--lr", "5e-3", "--ntk", "40", *LORA]}
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """finished(task, method): the folder of a finished run, made when a test first asks for it.
 
-    Tasks: "reviews", pairs of texts of 3 classes, scored by accuracy, with val, test and an OOD split; "cola", one
-    text, 2 classes, scored by Matthews correlation, with test. Labels are noisy, classes unbalanced.
+    Tasks: "reviews", pairs of texts in 3 classes, scored by accuracy, with val, test and an OOD split;
+    "cola", single texts in 2, by Matthews correlation, with test. Labels are noisy, classes unbalanced.
     """
     root = tmp_path_factory.mktemp("finished")
     write_reviews(root / "reviews")
     write_cola(root / "glue" / "CoLA")
     torch.manual_seed(0)
-    config = replace(pretrain.tiny_config(), initializer_range=0.15, layer_norm_eps=1e-5)  # its features can be probed
+    # weights so wide that a probe can read the features; an eps that is not the default
+    config = replace(pretrain.tiny_config(), initializer_range=0.15, layer_norm_eps=1e-5)
     save_pretrained(root / "encoder", Encoder(config), tiny.make_tokenizer())
     data = {"reviews": ["--data", str(root / "reviews"), "--lp-scoring", "log-loss"],
             "cola": ["--data", "cola", "--data-dir", str(root)]}
@@ -72,7 +74,7 @@ def finished(tmp_path_factory):
 
 
 def noisy_text(rng, moods):
-    """(text, class): of its 2 to 6 adjectives each is in the mood of the class, or, one time in four, in any mood."""
+    """(text, class): each of 2 to 6 adjectives is in the mood of the class, or, one time in four, in any."""
     label = rng.choices(range(len(moods)), range(2, len(moods) + 2))[0]  # some more often than others
     words = [rng.choice(moods[label if rng.random() < 0.75 else rng.randrange(len(moods))][:6])
              for _ in range(rng.randrange(2, 7))]

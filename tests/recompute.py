@@ -2,12 +2,12 @@
 
     python tests/recompute.py RUN_DIR [LP_RUN_DIR]        prints them as JSON
 
-Nothing here is imported from the project: a line that is wrong there is not wrong here in the same way. What
-it shares with it are two packages, `tokenizers` for the token ids, and torch for one thing, to draw the random
-head of FT once more from its seed. All is in float64, and one text at a time, so there is no padding.
+Nothing here is imported from the project: a line that is wrong there is not wrong here in the same way. Both
+use two packages: `tokenizers` for the token ids, and torch, here for one thing, to draw the random head of FT
+once more from its seed. All is in float64, and one text at a time, so there is no padding.
 
 The head where an LP-FT run started is nowhere in its folder: it is that of the LP run with the same flags,
-LP_RUN_DIR. BERT-type checkpoints, folders of .jsonl and CoLA's layout are known; more the tests do not need.
+LP_RUN_DIR. BERT-type checkpoints, folders of .jsonl and CoLA's layout are known; the tests need no more.
 
 Shapes: N samples, L tokens, C classes, h feature width.
 """
@@ -75,7 +75,7 @@ def read_data(config):
         for path in Path(config["data"]).glob("*.jsonl"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
             splits[path.stem.removeprefix("ood_")] = [
-                (row["text"] if "text" in row else (row["text_a"], row["text_b"]), row["label"]) for row in rows]
+                (row.get("text") or (row["text_a"], row["text_b"]), row["label"]) for row in rows]
     if "val" not in splits:  # the last tenth
         kept = len(splits["train"]) - len(splits["train"]) // 10
         splits["train"], splits["val"] = splits["train"][:kept], splits["train"][kept:]
@@ -107,7 +107,7 @@ def softmax(x):
 
 
 def features_of(tensors, samples, heads, eps, scaling):
-    """phi(x) of every sample, (N, h): the last hidden state of the first token. `scaling` is LoRA's alpha / r."""
+    """phi(x) of every sample, (N, h): the first token's last hidden state. `scaling` is LoRA's alpha / r."""
     def linear(name, x):
         if f"{name}.lora_A.weight" in tensors:
             A, B = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]  # (r, in), (out, r)
@@ -129,7 +129,8 @@ def features_of(tensors, samples, heads, eps, scaling):
         x, layer = norm("embedding_norm", x), 0
         while f"layers.{layer}.ffn_in.weight" in tensors:
             at = f"layers.{layer}"
-            query, key, value = (split_heads(linear(f"{at}.attention.{name}", x)) for name in ("query", "key", "value"))
+            query, key, value = (split_heads(linear(f"{at}.attention.{name}", x))
+                                 for name in ("query", "key", "value"))
             weights = softmax(query @ key.transpose(0, 2, 1) / math.sqrt(query.shape[2]))  # (heads, L, L)
             mixed = (weights @ value).transpose(1, 0, 2).reshape(len(x), -1)  # (L, h)
             x = norm(f"{at}.attention_norm", x + linear(f"{at}.attention.output", mixed))
@@ -143,8 +144,8 @@ def features_of(tensors, samples, heads, eps, scaling):
 def pretrained_features(model, max_length, texts):
     """phi_0(x), (N, h), of the encoder in the folder `model`."""
     config = json.loads((Path(model) / "config.json").read_text())
-    return features_of(read_checkpoint(model), encode(model, max_length, texts), config["num_attention_heads"],
-                       config["layer_norm_eps"], 0.0)
+    samples, tensors = encode(model, max_length, texts), read_checkpoint(model)
+    return features_of(tensors, samples, config["num_attention_heads"], config["layer_norm_eps"], None)
 
 
 # ---------------------------------------------------------------------------- what is measured
@@ -159,7 +160,7 @@ def accuracy(logits, labels):
 
 
 def matthews(logits, labels):
-    """From counts: how many are right, and how often each class is predicted and how often it is the label."""
+    """From counts: of right samples, and of each class among predictions and among labels."""
     n, right = len(labels), int((logits.argmax(1) == labels).sum())
     predicted, true = (np.bincount(y, minlength=logits.shape[1]) for y in (logits.argmax(1), labels))
     spread = (n * n - predicted @ predicted) * (n * n - true @ true)
@@ -173,7 +174,8 @@ def temperature(logits, labels):
     """The T of the least cross-entropy of logits / T, by halving log T; 1 where there is no such T."""
     of_label = logits[np.arange(len(labels)), labels]  # (N,)
     all_right = (of_label == logits.max(1)).all()  # the less T, the better
-    if all_right or (of_label - logits.mean(1)).mean() <= 0:  # or the more, the better: not better than chance
+    not_better_than_chance = (of_label - logits.mean(1)).mean() <= 0  # the more T, the better
+    if all_right or not_better_than_chance:
         return 1.0
     low, high = -20.0, 20.0
     for _ in range(100):
@@ -216,8 +218,9 @@ def feature_statistics(features, features_0, labels):
 class Run:
     """A finished run: what lies in its folder, and from that what its model computes.
 
-    features, features_0, logits    {split: array}: of the saved weights, of the pre-trained encoder, of the saved head
-    first_head                      (V, b) where the FT stage starts; zeros for LP
+    features, logits    {split: array}, of the saved weights
+    features_0          {split: array}, of the pre-trained encoder
+    first_head          (V, b) where the FT stage starts; zeros for LP
     """
 
     def __init__(self, folder, lp_folder=None):
@@ -240,8 +243,9 @@ class Run:
         scaling = self.config["lora_alpha"] / self.config["lora_r"] if self.config.get("lora") else None
         for split, rows in self.splits.items():
             texts = tuple(text for text, _ in rows)
+            samples = encode(model, max_length, texts)
             self.features_0[split] = pretrained_features(model, max_length, texts)
-            self.features[split] = features_of(saved, encode(model, max_length, texts), encoder["num_attention_heads"],
+            self.features[split] = features_of(saved, samples, encoder["num_attention_heads"],
                                                encoder["layer_norm_eps"], scaling)
             self.logits[split] = self.features[split] @ self.head[0].T + self.head[1]
 
@@ -266,8 +270,8 @@ class Run:
     def numbers(self):
         """All that result.json has to hold, but for LP's and the kernel's part and what the clock says."""
         T = temperature(self.logits["val"], self.labels["val"])
-        found = {"samples": {split: len(rows) for split, rows in self.splits.items()}, "temperature": T,
-                 "features": {}, "features_pretrained": {}, "calibration": {}, "accuracy": {}, self.metric: {}}
+        found = {"samples": {split: len(rows) for split, rows in self.splits.items()}, "temperature": T}
+        found |= {name: {} for name in ("accuracy", self.metric, "calibration", "features", "features_pretrained")}
         found |= {f"val_{name}": score for name, score in self.scores(self.logits, "val").items()}
         for split in self.test_names:
             labels, logits = self.labels[split], self.logits[split]
@@ -290,7 +294,8 @@ class Run:
         if self.config["method"] != "lp":
             scores = {epoch: record[f"val_{self.metric}"] for epoch, record in self.records.items()
                       if epoch not in ("lp", 0)}
-            found["kept_epoch"] = min(epoch for epoch, score in scores.items() if score == max(scores.values()))
+            best = max(scores.values())
+            found["kept_epoch"] = min(epoch for epoch, score in scores.items() if score == best)
         return found
 
 

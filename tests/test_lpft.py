@@ -366,12 +366,12 @@ def logits_of(*probabilities):
 
 def test_bins_are_open_below_and_closed_above_at_confidences_that_floats_hold_exactly():
     """4 bins: 1/4 is in (0, 1/4], 1/2 is in (1/4, 1/2] beside 3/8, and 1 is in (3/4, 1]."""
-    logits = logits_of([0.25, 0.25, 0.25, 0.25], [0.375, 0.25, 0.25, 0.125], [0.5, 0.5, 0, 0], [0.75, 0.25, 0, 0],
-                       [1, 0, 0, 0])
+    logits = logits_of([0.25, 0.25, 0.25, 0.25], [0.375, 0.25, 0.25, 0.125], [0.5, 0.5, 0, 0],
+                       [0.75, 0.25, 0, 0], [1, 0, 0, 0])
     confidence = logits.softmax(1).amax(1)
     assert confidence[[0, 2, 4]].tolist() == [0.25, 0.5, 1]
     labels = torch.tensor([0, 0, 2, 0, 1])  # right, right, wrong, right, wrong
-    gaps = [1 * (1 - 0.25), 2 * (1 / 2 - (0.375 + 0.5) / 2), 1 * (1 - 0.75), 1 * (1 - 0)]  # samples x gap, bin by bin
+    gaps = [1 - 0.25, 2 * (1 / 2 - (0.375 + 0.5) / 2), 1 - 0.75, 1 - 0]  # times samples, bin by bin
     ece, mce = calibration_error(logits, labels, bins=4)
     assert ece == pytest.approx(sum(gaps) / 5, abs=1e-12) and mce == pytest.approx(1, abs=1e-12)
 
@@ -380,12 +380,13 @@ def test_the_bins_edge_at_one_half_alone_decides():
     """With 1/2 in the bin above, 3/8 and 5/8 would each change partners, and ECE and MCE with them."""
     logits = logits_of([0.375, 0.375, 0.25], [0.5, 0.5, 0], [0.625, 0.375, 0])
     labels = torch.tensor([0, 2, 0])  # right, wrong, right
-    lower, upper = abs(0.625 - 0.5) / 2, 0.375
-    assert calibration_error(logits, labels, bins=4) == pytest.approx(((2 * lower + upper) / 3, upper), abs=1e-12)
+    lower, upper = 1 / 2 - (0.375 + 0.5) / 2, 1 - 0.625
+    expected = (2 * lower + upper) / 3, upper
+    assert calibration_error(logits, labels, bins=4) == pytest.approx(expected, abs=1e-12)
 
 
 def test_mce_is_the_largest_gap_of_a_bin_however_few_samples_are_in_it():
-    """Three of four samples at confidence 3/4 are right, which is no gap; the one of confidence 1/2 is wrong."""
+    """Of four samples of confidence 3/4 three are right, which is no gap; one of confidence 1/2 is wrong."""
     logits = logits_of(*[[0.75, 0.25]] * 4, [0.5, 0.5])
     labels = torch.tensor([0, 0, 0, 1, 1])
     assert calibration_error(logits, labels, bins=4) == pytest.approx((0.5 / 5, 0.5), abs=1e-12)
@@ -438,7 +439,7 @@ def test_fdr_weighs_the_classes_by_their_samples():
 
 
 def test_cs_diff_and_norm_by_hand():
-    """(3, 4), (4, 3) and (0, 1): cosines 24/25, 4/5, 3/5 of the pairs; a way of 5, 0 and 2; lengths 5, 5, 1."""
+    """(3, 4), (4, 3) and (0, 1): cosines 24/25, 4/5, 3/5 of pairs; ways of 5, 0 and 2; lengths 5, 5, 1."""
     x, x_0 = torch.tensor([[3.0, 4], [4, 3], [0, 1]]), torch.tensor([[0.0, 0], [4, 3], [0, 3]])
     found = feature_statistics(x, x_0, torch.tensor([0, 1, 1]))
     assert found["cs"] == pytest.approx((24 / 25 + 4 / 5 + 3 / 5) / 3)

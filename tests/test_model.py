@@ -212,8 +212,10 @@ def test_lora_trains_its_matrices_and_the_head_and_nothing_else(encoder):
 
 
 def test_lora_with_copied_weights_equals_peft(minilm):
-    """peft's adapter on query and value: same outputs (in float64: on padding float32 is coarse), same number of
-    trained parameters."""
+    """peft's adapter on query and value: same outputs, same number of trained parameters.
+
+    In float64: on padding float32 rounds too coarsely to compare two codes.
+    """
     torch.manual_seed(0)
     encoder, tokenizer = load_pretrained(minilm)
     theirs = get_peft_model(

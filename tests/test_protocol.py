@@ -30,7 +30,8 @@ def model(random_folder):
 
 
 def train(model, task, **how):
-    return fine_tune(model, task.splits["train"], task.splits["val"], **{"lr": 1e-3, "batch_size": 8, "epochs": 2} | how)
+    how = {"lr": 1e-3, "batch_size": 8, "epochs": 2} | how
+    return fine_tune(model, task.splits["train"], task.splits["val"], **how)
 
 
 # ------------------------------------------------------------------------------------ dropout
@@ -80,15 +81,15 @@ DROPOUT = (only_embeddings, only_attention_probabilities, only_what_attention_sa
 def test_each_dropout_alone_changes_the_training_loss_and_no_evaluation(model, batch, site):
     no_dropout(model)
     site(model)
-    labels, rate_of_loss = torch.tensor([0, 1, 2]), {}
+    labels, losses = torch.tensor([0, 1, 2]), {}
     for training in (True, False):
         model.train(training)
-        rate_of_loss[training] = {float(F.cross_entropy(model(**batch), labels).detach()) for _ in range(3)}
-    assert len(rate_of_loss[True]) == 3 and len(rate_of_loss[False]) == 1
+        losses[training] = {F.cross_entropy(model(**batch), labels).item() for _ in range(3)}
+    assert len(losses[True]) == 3 and len(losses[False]) == 1
 
 
 def test_every_dropout_has_the_rate_of_the_configuration(batch, monkeypatch):
-    """Embeddings, two in each layer, the head: hidden_dropout_prob. Attention: attention_probs_dropout_prob."""
+    """Embeddings, two per layer, head: hidden_dropout_prob. Attention: attention_probs_dropout_prob."""
     config = replace(pretrain.tiny_config(), hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
     model, hidden, attention = Classifier(Encoder(config), 3), [], []
     drop, attend = F.dropout, F.scaled_dot_product_attention
@@ -116,7 +117,7 @@ def test_a_pretrained_encoder_is_fine_tuned_with_dropout_of_one_tenth(model):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_the_ft_stage_trains_in_train_mode_and_measures_in_eval_mode(model, small_task, lora):
-    """Every module, in every epoch, also after validation has been in eval mode; the model it leaves is in eval mode."""
+    """Every module in every epoch, also after validation; the model it leaves is in eval mode."""
     if lora:
         add_lora(model.encoder, r=4, lora_alpha=12)
     seen = {True: set(), False: set()}  # whether gradients are on: {modules' modes}
@@ -131,13 +132,14 @@ def test_the_ft_stage_trains_in_train_mode_and_measures_in_eval_mode(model, smal
 
 
 def test_the_training_loss_of_an_epoch_has_dropout_in_it_and_that_of_the_start_has_none(model, small_task):
-    """At a learning rate of nothing: epoch 0 is the loss without dropout, epoch 1 another one, the same by seed."""
+    """At a learning rate of nothing epoch 0 has the loss without dropout, epoch 1 another one, by seed."""
     split = small_task.splits["train"]
     without = float(F.cross_entropy(predict(model, split)[1], split.labels))
     losses = []
     for torch_seed in (1, 1, 2):
         torch.manual_seed(torch_seed)
-        losses.append([record["loss"] for record in train(copy.deepcopy(model), small_task, lr=1e-12, epochs=1)])
+        history = train(copy.deepcopy(model), small_task, lr=1e-12, epochs=1)
+        losses.append([record["loss"] for record in history])
     assert all(loss[0] == pytest.approx(without, rel=1e-6) for loss in losses)
     assert losses[0][1] == losses[1][1] != losses[2][1]
     assert losses[0][1] != pytest.approx(without, rel=1e-4)
@@ -184,14 +186,15 @@ def test_the_gradient_is_clipped_to_norm_one_and_a_shorter_one_is_left_alone(mod
     batch, labels = split.batch(range(60))
     with torch.no_grad():
         errors = small(**batch).softmax(1) - F.one_hot(labels, 3)  # (N, C)
-        short = math.hypot(float((errors.T @ small.features(**batch) / 60).norm()), float(errors.mean(0).norm()))
+        of_weight, of_bias = errors.T @ small.features(**batch) / 60, errors.mean(0)  # (C, h), (C,)
+    short = math.hypot(float(of_weight.norm()), float(of_bias.norm()))
     steps.clear()
     train(small, small_task, epochs=1, batch_size=60)
     assert [step["norm"] for step in steps] == [pytest.approx(short, rel=1e-3)] and 0.01 < short < 0.99
 
 
 def test_the_learning_rate_falls_linearly_at_every_step_without_warm_up(model, small_task, steps):
-    """lr (1 - k / steps) at step k = 0, 1, ...: the first step has all of it, and after the last there is none."""
+    """lr (1 - k / steps) at step k = 0, 1, ...: the first has all of it, after the last there is none."""
     history = train(model, small_task, lr=4e-3, batch_size=16, epochs=3)
     assert [step["lr"] for step in steps] == pytest.approx([4e-3 * (1 - k / 12) for k in range(12)])
     assert [record["lr"] for record in history] == pytest.approx([4e-3 * (1 - k / 12) for k in (0, 4, 8, 12)])
@@ -201,7 +204,8 @@ def test_the_learning_rate_falls_linearly_at_every_step_without_warm_up(model, s
 def test_the_optimizer_is_adam_without_weight_decay_on_all_that_trains(model, small_task, steps, lora):
     if lora:
         add_lora(model.encoder, r=4, lora_alpha=12)
-    trained = {id(p) for name, p in model.named_parameters() if not lora or "lora_" in name or name.startswith("head.")}
+    trained = {id(p) for name, p in model.named_parameters()
+               if not lora or "lora_" in name or name.startswith("head.")}
     train(model, small_task, epochs=1)
     for step in steps:
         assert step["weight_decay"] == 0 and step["betas"] == (0.9, 0.999) and step["parameters"] == trained
@@ -244,7 +248,7 @@ def test_the_epoch_loss_and_accuracy_are_means_over_samples_not_over_batches(mod
 @pytest.mark.parametrize("scores, kept", [([0.9, 0.1, 0.5, 0.5, 0.2], 2), ([0.0, 0.3, 0.2, 0.1, 0.0], 1),
                                           ([0.5, -0.1, -0.2, -0.3, -0.01], 4)],
                          ids=["the-first-of-two", "not-the-last", "not-the-start"])
-def test_the_first_epoch_with_the_best_score_of_the_metric_is_kept(model, small_task, monkeypatch, scores, kept):
+def test_the_first_epoch_with_the_best_score_is_kept(model, small_task, monkeypatch, scores, kept):
     """By the metric that was asked for, whatever the accuracy; never epoch 0, which is the start."""
     told = iter(scores)
     monkeypatch.setitem(lpft.METRICS, "matthews", lambda logits, labels: next(told))

@@ -1,4 +1,4 @@
-"""Every number of result.json is what recompute.py, which shares no code with the project, makes of the same files."""
+"""Every number of result.json is what recompute.py makes of the same files, with no code of the project."""
 
 import json
 import math
@@ -21,10 +21,15 @@ from data import tiny
 TASKS = ("reviews", "cola")
 FLAGS = ("method", "lora", "seed", "model", "data")
 NOT_NUMBERS = {*FLAGS, "metric", "temperature_reason", "lp.stage", "ntk.test_split"}
-on_every_run = pytest.mark.parametrize("task, method", [(task, method) for task in TASKS for method in FINISHED])
-on_every_lp = pytest.mark.parametrize("task", TASKS)
-on_every_kernel = pytest.mark.parametrize("task, method", [(task, method) for task in TASKS
-                                                           for method in ("lpft", "lpft-lora")])
+
+
+def on(*methods):
+    return pytest.mark.parametrize("task, method", [(task, method) for task in TASKS for method in methods])
+
+
+on_every_run, on_every_ft_stage = on(*FINISHED), on(*[method for method in FINISHED if method != "lp"])
+on_every_kernel, on_every_lp = on("lpft", "lpft-lora"), on("lp", "lpft", "lpft-lora")
+on_every_task = pytest.mark.parametrize("task", TASKS)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +65,13 @@ def test_accuracy_and_matthews_are_those_of_the_saved_weights_on_each_split(open
     run = opened(task, method)
     check(run, "accuracy", run.metric, "val_accuracy", f"val_{run.metric}")
     assert run.result["metric"] == run.metric == {"reviews": "accuracy", "cola": "matthews"}[task]
-    assert all(len(np.unique(run.logits[split].argmax(1))) > 1 for split in run.test_names)  # else any would do
+    # one and the same answer to all would hide what is wrong
+    assert len(np.unique(np.concatenate([run.logits[split].argmax(1) for split in run.test_names]))) > 1
 
 
 @on_every_run
 def test_features_are_measured_on_the_trained_encoder_against_the_pretrained_one(opened, task, method):
-    """CS, Diff, FDR and Norm of every test split, of the trained encoder and of the pre-trained one, not swapped."""
+    """CS, Diff, FDR and Norm of every test split, of either encoder, not swapped."""
     run = opened(task, method)
     check(run, "features", "features_pretrained")
     for split in run.test_names:
@@ -75,7 +81,7 @@ def test_features_are_measured_on_the_trained_encoder_against_the_pretrained_one
 
 
 @on_every_run
-def test_the_temperature_is_that_of_the_least_loss_on_validation_and_not_on_another_split(opened, task, method):
+def test_the_temperature_is_that_of_the_least_loss_on_validation_and_on_no_other_split(opened, task, method):
     run = opened(task, method)
     assert run.result["temperature"] == pytest.approx(run.found["temperature"], rel=1e-4)
     assert run.result.get("temperature_reason") is None
@@ -91,7 +97,7 @@ def test_ece_and_mce_of_each_split_before_and_after_dividing_its_logits_by_t(ope
 
 @on_every_run
 def test_the_norm_of_the_head_and_its_way_from_the_head_of_the_start(opened, task, method):
-    """||V||, ||V_0|| and ||V - V_0||: V_0 is 0 in LP, drawn by seed in FT, LP's in LP-FT, times --head-scale."""
+    """||V||, ||V_0||, ||V - V_0||: V_0 is 0 in LP, drawn by seed in FT, LP's in LP-FT, times --head-scale."""
     check(opened(task, method), "head_norm", "head_norm_initial", "head_diff")
 
 
@@ -104,7 +110,8 @@ def test_parameters_and_samples_are_counted(opened, task, method):
 def test_no_number_of_result_json_is_left_out_of_this_file(opened, task, method):
     """A new number needs a test here first."""
     run = opened(task, method)
-    checked = {*leaves(run.found)} | {f"lp.{name}" for name in ("inverse_l2", "head_norm", "path", *LP_SCORES[task])}
+    checked = {*leaves(run.found)}
+    checked |= {f"lp.{name}" for name in ("inverse_l2", "head_norm", "path", *LP_SCORES[task])}
     checked |= {f"ntk.{name}" for name in ("ft_ratio", "train_samples", "test_samples")}
     checked |= {f"ntk.{kernel}.{name}" for kernel in ("P", "F", "Theta") for name in KERNEL_NUMBERS}
     assert {*leaves(run.result)} - checked - NOT_NUMBERS == {"seconds"} and run.result["seconds"] > 0
@@ -112,17 +119,16 @@ def test_no_number_of_result_json_is_left_out_of_this_file(opened, task, method)
 
 
 def test_the_recomputation_needs_nothing_of_the_project(opened, finished, tmp_path):
-    """Not even train.evaluate: as a program, from a folder from which nothing of the project can be imported."""
-    done = subprocess.run([sys.executable, recompute.__file__, finished("reviews", "lp")], cwd=tmp_path, text=True,
-                          capture_output=True, env=os.environ | {"PYTHONPATH": ""})
+    """Not even train.evaluate: as a program, from a folder where nothing of the project can be imported."""
+    done = subprocess.run([sys.executable, recompute.__file__, finished("reviews", "lp")], cwd=tmp_path,
+                          text=True, capture_output=True, env=os.environ | {"PYTHONPATH": ""})
     assert json.loads(done.stdout) == opened("reviews", "lp").found, done.stderr
 
 
 # ------------------------------------------------------------------------------------ the FT stage's records
 
 
-@pytest.mark.parametrize("method", [method for method in FINISHED if method != "lp"])
-@on_every_lp
+@on_every_ft_stage
 def test_the_kept_epoch_is_the_first_best_on_validation_and_its_weights_are_saved(opened, task, method):
     run = opened(task, method)
     assert run.result["kept_epoch"] == run.found["kept_epoch"]
@@ -132,9 +138,8 @@ def test_the_kept_epoch_is_the_first_best_on_validation_and_its_weights_are_save
     assert record["head_norm"] == close(run.found["head_norm"])
 
 
-@pytest.mark.parametrize("method", [method for method in FINISHED if method != "lp"])
-@on_every_lp
-def test_the_ft_stage_starts_from_v_and_b_times_the_head_scale_over_the_pretrained_encoder(opened, task, method):
+@on_every_ft_stage
+def test_the_ft_stage_starts_from_v_and_b_both_times_the_head_scale(opened, task, method):
     """Epoch 0: its loss and scores are those of the scaled head on phi_0. LP's b is not 0, so it counts."""
     run = opened(task, method)
     weight, bias = run.first_head
@@ -148,8 +153,7 @@ def test_the_ft_stage_starts_from_v_and_b_times_the_head_scale_over_the_pretrain
     assert record["head_norm"] == close(np.linalg.norm(weight))
 
 
-@pytest.mark.parametrize("method", [method for method in FINISHED if method != "lp"])
-@on_every_lp
+@on_every_ft_stage
 def test_the_learning_rate_of_the_records_falls_linearly_to_zero(opened, task, method):
     run = opened(task, method)
     epochs = run.config["epochs"]
@@ -159,12 +163,14 @@ def test_the_learning_rate_of_the_records_falls_linearly_to_zero(opened, task, m
 
 # ------------------------------------------------------------------------------------ LP
 
-LP_SCORES = {"reviews": ("train_accuracy", "val_accuracy"), "cola": ("train_accuracy", "val_accuracy", "val_matthews")}
+SOLVER = {"solver": "newton-cholesky", "tol": 1e-8, "l1_ratios": (0,), "use_legacy_attributes": False}
+LP_SCORES = {"reviews": ("train_accuracy", "val_accuracy"),
+             "cola": ("train_accuracy", "val_accuracy", "val_matthews")}
 
 
-@on_every_lp
+@on_every_task
 def test_the_head_of_lp_is_where_the_gradient_of_its_objective_vanishes(opened, task):
-    """C sum_i loss_i + 1/2 ||V||^2; for two classes scikit-learn's w = 2 V makes the penalty ||V||^2; none on b."""
+    """C sum_i loss_i + 1/2 ||V||^2; for two classes, where scikit-learn fits one w, ||V||^2. None on b."""
     run = opened(task, "lp")
     (weight, bias), phi, labels = run.head, run.features_0["train"], run.labels["train"]
     errors = softmax(phi @ weight.T + bias) - np.eye(len(bias))[labels]  # (N, C)
@@ -174,18 +180,16 @@ def test_the_head_of_lp_is_where_the_gradient_of_its_objective_vanishes(opened, 
     assert np.abs(errors.sum(0)).max() < 1e-4 and bias.sum() == pytest.approx(0, abs=1e-5)
 
 
-@on_every_lp
+@on_every_task
 def test_the_strength_of_lp_is_the_choice_of_scikit_learns_cross_validation(opened, task):
     linear_model = pytest.importorskip("sklearn.linear_model")
     run = opened(task, "lp")
     scoring = {"reviews": "neg_log_loss", "cola": "accuracy"}[task]
-    reference = linear_model.LogisticRegressionCV(Cs=10, cv=5, scoring=scoring, solver="newton-cholesky", tol=1e-8,
-                                                  l1_ratios=(0,), use_legacy_attributes=False)
+    reference = linear_model.LogisticRegressionCV(Cs=10, cv=5, scoring=scoring, **SOLVER)
     reference.fit(run.features_0["train"], run.labels["train"])
     assert run.result["lp"]["inverse_l2"] == pytest.approx(float(reference.C_))
 
 
-@pytest.mark.parametrize("method", ["lp", "lpft", "lpft-lora"])
 @on_every_lp
 def test_the_scores_of_lp_are_those_of_its_head_on_train_and_on_validation(opened, task, method):
     """In LP-FT too the numbers under "lp" are those before the FT stage; its path ends at its head."""
@@ -197,9 +201,9 @@ def test_the_scores_of_lp_are_those_of_its_head_on_train_and_on_validation(opene
     assert {name: lp[name] for name in LP_SCORES[task]} == close(expected)
     assert expected["train_accuracy"] != expected["val_accuracy"]
     assert lp["head_norm"] == close(np.linalg.norm(weight)) and lp == run.records["lp"]
-    (first_norm, first_accuracy), last = lp["path"][0], lp["path"][-1]
-    assert (first_norm, first_accuracy) == (0, close((run.labels["train"] == 0).mean()))  # V = 0: all say class 0
-    assert last == close([lp["head_norm"], lp["train_accuracy"]]) and len(lp["path"]) > 2
+    of_zeros = [0, (run.labels["train"] == 0).mean()]  # V = 0 says class 0 of everything
+    assert lp["path"][0] == close(of_zeros) and len(lp["path"]) > 2
+    assert lp["path"][-1] == close([lp["head_norm"], lp["train_accuracy"]])
 
 
 # ------------------------------------------------------------------------------------ the kernel
@@ -221,7 +225,8 @@ def test_p_and_the_deltas_are_those_of_the_scaled_head_on_pretrained_features(op
     """P = (<phi, phi'> + 1) I, delta = onehot(y) - softmax(f_0(x)), of the samples that are named."""
     run = opened(task, method)
     saved, found = kernels(run)
-    phi, test_phi = run.features_0["train"][saved["train_indices"]], run.features_0["test"][saved["test_indices"]]
+    phi = run.features_0["train"][saved["train_indices"]]
+    test_phi = run.features_0["test"][saved["test_indices"]]
     weight, bias = run.first_head
     labels, eye = run.labels["train"][saved["train_indices"]], np.eye(len(bias))
     assert (saved["labels"] == labels).all()
@@ -268,9 +273,9 @@ def test_kernel_regression_is_scikit_learns_on_the_saved_kernels(opened, task, m
         fold_of[tested] = fold
     for name, (kernel, test_kernel) in found.items():
         row, scale = run.result["ntk"][name], kernel.diagonal().mean()
-        model = linear_model.LogisticRegressionCV(
-            Cs=10, cv=selection.PredefinedSplit(fold_of.repeat(C)), scoring="accuracy", solver="newton-cholesky",
-            tol=1e-8, l1_ratios=(0,), use_legacy_attributes=False).fit(kernel / scale, np.eye(C)[labels].flatten())
+        folds = selection.PredefinedSplit(fold_of.repeat(C))
+        model = linear_model.LogisticRegressionCV(Cs=10, cv=folds, scoring="accuracy", **SOLVER)
+        model.fit(kernel / scale, np.eye(C)[labels].flatten())
         assert row["inverse_l2"] == pytest.approx(float(model.C_))
         for split, rows, y in (("train", kernel, labels), ("test", test_kernel, saved["test_labels"])):
             score = model.decision_function(rows / scale).reshape(-1, C)
@@ -295,7 +300,8 @@ def test_what_predict_py_needs_is_saved_as_it_was_in_training(opened, task, meth
 def test_predict_py_says_the_softmax_of_logits_over_t(opened, task, method, tmp_path, capsys):
     run = opened(task, method)
     texts = [text for text, _ in run.splits["test"]]
-    (tmp_path / "texts").write_text("".join((text if task == "cola" else "\t".join(text)) + "\n" for text in texts))
+    lines = [text if task == "cola" else "\t".join(text) for text in texts]
+    (tmp_path / "texts").write_text("\n".join(lines) + "\n")
     capsys.readouterr()
     assert predict.main([str(run.folder), str(tmp_path / "texts")]) == 0
     header, *lines = (line.split("\t") for line in capsys.readouterr().out.splitlines())
@@ -316,19 +322,19 @@ def run_lp(folder, encoder, val):
         rows = [{"text": f"the {rng.choice(tiny.SHARED_NOUNS)} was {word}", "label": label_of[word]}
                 for word in [*label_of] * 15]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert train.main(["--method", "lp", "--model", str(encoder), "--data", str(folder), "--lp-inverse-l2", "100",
-                       "--max-length", "16", "--out", str(folder / "run")]) == 0
+    assert train.main(["--method", "lp", "--model", str(encoder), "--data", str(folder), "--max-length", "16",
+                       "--lp-inverse-l2", "100", "--out", str(folder / "run")]) == 0
     run = Run(folder / "run")
     run.found = run.numbers()
     return run
 
 
-@pytest.mark.parametrize("val, score", [({"good": "pos", "bad": "neg"}, 1), ({"good": "neg", "bad": "pos"}, 0)],
-                         ids=["all-right", "worse-than-chance"])
-def test_without_a_best_temperature_on_validation_t_is_one_and_the_reason_is_saved(random_folder, tmp_path, val, score):
+@pytest.mark.parametrize("swapped", [False, True], ids=["all-right", "worse-than-chance"])
+def test_without_a_best_temperature_on_validation_t_is_one_and_why_is_saved(random_folder, tmp_path, swapped):
     """All right: the loss falls to T = 0. Worse than chance: it falls to T = infinity."""
+    val = {"good": "neg", "bad": "pos"} if swapped else {"good": "pos", "bad": "neg"}
     run = run_lp(tmp_path / "data", random_folder, val)
-    assert run.result["val_accuracy"] == score
+    assert run.result["val_accuracy"] == (0 if swapped else 1)
     assert run.result["temperature"] == run.settings["temperature"] == run.found["temperature"] == 1
     assert isinstance(run.result["temperature_reason"], str) and run.result["temperature_reason"]
     check(run, "calibration", "accuracy", "features")
