@@ -1,9 +1,11 @@
 """What several tests share: a small random encoder, a real checkpoint, real data."""
 
 import importlib.util
+import io
 import json
 import os
 import random
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -48,6 +50,8 @@ FINISHED = {"lp": [], "ft": ["--lr", "2e-3"], "lpft": ["--lr", "3e-4", "--head-s
 def finished(tmp_path_factory):
     """finished(task, method): the folder of a finished run, made when a test first asks for it.
 
+    What the run printed is beside its folder, in a file of that name with .txt.
+
     Tasks: "reviews", pairs of texts in 3 classes, scored by accuracy, with val, test and an OOD split;
     "cola", single texts in 2, by Matthews correlation, with test. Labels are noisy, classes unbalanced.
     """
@@ -55,8 +59,8 @@ def finished(tmp_path_factory):
     write_reviews(root / "reviews")
     write_cola(root / "glue" / "CoLA")
     torch.manual_seed(0)
-    # weights so wide that a probe can read the features; an eps that is not the default
-    config = replace(pretrain.tiny_config(), initializer_range=0.15, layer_norm_eps=1e-5)
+    # weights so wide that a probe can read the features; an eps that is nobody's default
+    config = replace(pretrain.tiny_config(), initializer_range=0.15, layer_norm_eps=1e-3)
     save_pretrained(root / "encoder", Encoder(config), tiny.make_tokenizer())
     data = {"reviews": ["--data", str(root / "reviews"), "--lp-scoring", "log-loss"],
             "cola": ["--data", "cola", "--data-dir", str(root)]}
@@ -65,9 +69,12 @@ def finished(tmp_path_factory):
     def make(task, method):
         flags = data[task][:2] if method.startswith("ft") and task == "reviews" else data[task]
         stage = [] if method == "lp" else ["--epochs", "4", "--batch-size", "16"]
-        out = root / f"{task}-{method}"
-        assert train.main(["--model", str(root / "encoder"), "--method", method.split("-")[0], *flags, *stage,
-                           *FINISHED[method], "--max-length", "16", "--seed", "3", "--out", str(out)]) == 0
+        out, printed = root / f"{task}-{method}", io.StringIO()
+        flags = ["--method", method.split("-")[0], *flags, *stage, *FINISHED[method]]
+        with redirect_stdout(printed):
+            assert train.main(["--model", str(root / "encoder"), *flags, "--max-length", "16", "--seed", "3",
+                               "--out", str(out)]) == 0
+        out.with_suffix(".txt").write_text(printed.getvalue())
         return out
 
     return make

@@ -271,7 +271,8 @@ class Run:
         """All that result.json has to hold, but for LP's and the kernel's part and what the clock says."""
         T = temperature(self.logits["val"], self.labels["val"])
         found = {"samples": {split: len(rows) for split, rows in self.splits.items()}, "temperature": T}
-        found |= {name: {} for name in ("accuracy", self.metric, "calibration", "features", "features_pretrained")}
+        for name in ("accuracy", self.metric, "calibration", "features", "features_pretrained"):
+            found[name] = {}
         found |= {f"val_{name}": score for name, score in self.scores(self.logits, "val").items()}
         for split in self.test_names:
             labels, logits = self.labels[split], self.logits[split]

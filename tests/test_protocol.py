@@ -15,6 +15,7 @@ from data import load_task, tiny, training_batches
 from export import lora_settings
 from lpft import fine_tune, predict
 from model import Classifier, Encoder, LoRALinear, add_lora, load_pretrained
+from train import parse_args, pick_ntk_samples
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +266,57 @@ def test_an_epoch_is_scored_on_validation_and_not_on_training_samples(model, sma
         split = small_task.splits[name]
         score = float((predict(model, split)[1].argmax(1) == split.labels).double().mean())
         assert (record["val_accuracy"] == pytest.approx(score)) == of_validation
+
+
+# ------------------------------------------------------------------------------------ settings
+
+AUTHORS = """ boolq     32 1e-5  32 5e-4  8 1e-5  8 5e-4
+              cb        16 5e-5  16 1e-3  8 5e-6  8 1e-4
+              rte       16 1e-5  16 1e-3  8 1e-5  8 5e-4
+              wic       32 1e-5  16 1e-3  8 1e-5  8 1e-3
+              wsc       16 1e-3  16 1e-4  8 1e-3  8 1e-4
+              cola      32 5e-5  16 1e-3  8 1e-5  8 1e-3
+              mrpc      16 1e-5  32 1e-5  8 1e-5  8 1e-3
+              sst2      32 1e-5  32 5e-4  8 1e-5  8 1e-3
+              amazon    16 1e-5  16 1e-3  8 1e-6  8 5e-4
+              pubmed20k  8 5e-6   8 5e-4  8 5e-6  8 1e-3"""
+
+
+@pytest.mark.parametrize("row", AUTHORS.split("\n"), ids=lambda row: row.split()[0])
+def test_batch_size_and_learning_rate_are_those_of_the_authors_for_roberta(row):
+    """For FT, LoRA, LP-FT and LP-LoRA, where nothing else is asked for."""
+    name, *numbers = row.split()
+    stages = (["ft"], ["ft", "--lora"], ["lpft"], ["lpft", "--lora"])
+    for stage, batch_size, lr in zip(stages, numbers[::2], numbers[1::2], strict=True):
+        args = parse_args(["--model", "roberta-base", "--data", name, "--method", *stage])
+        assert (args.batch_size, args.lr) == (int(batch_size), float(lr))
+
+
+def test_defaults_are_those_of_the_paper():
+    """10 epochs, 128 tokens, r = alpha = 8, LP by cross-validated accuracy, 250 samples of the kernel."""
+    args = parse_args(["--model", "roberta-base", "--data", "cb", "--method", "lpft", "--lora", "--ntk"])
+    assert (args.epochs, args.max_length, args.lora_r, args.lora_alpha, args.ntk) == (10, 128, 8, 8, 250)
+    assert (args.lp_scoring, args.lp_inverse_l2, args.head_scale) == ("accuracy", None, None)
+
+
+def test_r_and_alpha_of_the_command_line_are_each_their_own():
+    args = parse_args(["--lora", "--lora-r", "4", "--lora-alpha", "12"])
+    assert (args.lora_r, args.lora_alpha) == (4, 12)
+    args = parse_args(["--lora", "--lora-r", "4"])
+    assert (args.lora_r, args.lora_alpha) == (4, 8)
+
+
+def test_samples_of_the_kernel_are_by_seed_of_train_and_of_test_or_else_of_val():
+    labels = {"train": torch.arange(200) % 2, "val": torch.arange(90) % 2, "test": torch.arange(100) % 2}
+    first, again, other = (pick_ntk_samples(50, seed, labels, ["no", "yes"]) for seed in (1, 1, 2))
+    assert list(first) == ["train", "test"]
+    for split in first:
+        assert (first[split] == again[split]).all() and (first[split] != other[split]).any()
+        assert len({*first[split].tolist()}) == 50 and max(first[split]) < len(labels[split])
+        assert list(first[split]) != sorted(first[split])  # kernel regression deals its folds in this order
+    del labels["test"]
+    assert list(pick_ntk_samples(50, 1, labels, ["no", "yes"])) == ["train", "val"]
+    assert len(pick_ntk_samples(250, 1, labels, ["no", "yes"])["val"]) == 90  # all there are
 
 
 # ------------------------------------------------------------------------------------ LoRA

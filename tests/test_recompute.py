@@ -65,8 +65,13 @@ def test_accuracy_and_matthews_are_those_of_the_saved_weights_on_each_split(open
     run = opened(task, method)
     check(run, "accuracy", run.metric, "val_accuracy", f"val_{run.metric}")
     assert run.result["metric"] == run.metric == {"reviews": "accuracy", "cola": "matthews"}[task]
-    # one and the same answer to all would hide what is wrong
-    assert len(np.unique(np.concatenate([run.logits[split].argmax(1) for split in run.test_names]))) > 1
+
+
+@on_every_task
+def test_most_runs_of_these_tests_give_more_than_one_answer(opened, task):
+    """One and the same answer to all would hide what is wrong."""
+    runs = [opened(task, method) for method in FINISHED]
+    assert sum(len(np.unique(run.logits["test"].argmax(1))) > 1 for run in runs) >= 3
 
 
 @on_every_run
@@ -281,6 +286,73 @@ def test_kernel_regression_is_scikit_learns_on_the_saved_kernels(opened, task, m
             score = model.decision_function(rows / scale).reshape(-1, C)
             assert row[f"{split}_accuracy"] == pytest.approx((score.argmax(1) == y).mean())
             assert row[f"{split}_logit_accuracy"] == pytest.approx(((score > 0) == np.eye(C)[y]).mean())
+
+
+# ------------------------------------------------------------------------------------ what is printed
+
+
+def lines_of(run, start):
+    """The lines that the run printed and that begin with `start`, as lists of their words behind it."""
+    printed = run.folder.with_suffix(".txt").read_text().splitlines()
+    return [line[len(start):].split() for line in printed if line.startswith(start)]
+
+
+def shown(number):
+    """Three digits behind the point are printed; of the last line four."""
+    return pytest.approx(number, abs=6e-4)
+
+
+@on_every_run
+def test_the_printed_table_has_each_number_of_result_json_under_its_title(opened, task, method):
+    run, result = opened(task, method), opened(task, method).result
+    titles, = (words for words in lines_of(run, " " * 12) if "ECE/T" in words)
+    assert len(run.test_names) == len(result["features"])
+    for split in run.test_names:
+        cells, = lines_of(run, f"{split} ")
+        calibration, features = result["calibration"][split], result["features"][split]
+        expected = {run.metric: result[run.metric][split], "accuracy": result["accuracy"][split],
+                    "ECE": calibration["ece"], "ECE/T": calibration["ece_scaled"], "MCE": calibration["mce"],
+                    "MCE/T": calibration["mce_scaled"], "CS(F)": features["cs"], "Diff(F)": features["diff"],
+                    "FDR(F)": features["fdr"], "Norm(F)": features["norm"]}
+        assert dict(zip(titles, map(float, cells), strict=True)) == shown(expected)
+
+
+@on_every_run
+def test_the_printed_last_line_has_the_scores_the_head_norm_and_t_of_result_json(opened, task, method):
+    run, result = opened(task, method), opened(task, method).result
+    last, = (dict(word.split("=") for word in words) for words in lines_of(run, "result:"))
+    assert (last.pop("method"), last.pop("seed")) == (method, "3") and last.pop("data") == run.config["data"]
+    expected = {name: result[name] for name in ("head_norm", "temperature", "seconds")}
+    for name in {"accuracy", run.metric}:
+        expected |= {f"{split}_{name}": result[name][split] for split in run.test_names}
+        expected[f"val_{name}"] = result[f"val_{name}"]
+    assert {name: float(value) for name, value in last.items()} == shown(expected)
+
+
+@on_every_run
+def test_the_printed_lines_of_lp_and_of_each_epoch_are_their_records(opened, task, method):
+    run = opened(task, method)
+    val = "val matthews" if task == "cola" else "val"
+    for epoch, record in run.records.items():
+        if record is None:
+            continue
+        start = "LP    strength" if epoch == "lp" else f"FT    epoch {epoch:2d}"
+        text, = (" ".join(words) for words in lines_of(run, start))
+        wanted = {"train": "train_accuracy", val: f"val_{run.metric}", "head norm": "head_norm"}
+        for title, key in (wanted if epoch == "lp" else wanted | {"loss": "loss"}).items():
+            assert float(text.split(f"{title} ")[1].split()[0]) == shown(record[key]), title
+
+
+@on_every_kernel
+def test_the_printed_kernel_table_has_the_numbers_of_p_f_and_theta(opened, task, method):
+    run, ntk = opened(task, method), opened(task, method).result["ntk"]
+    for name in ("P", "F", "Theta"):
+        (rank, frobenius, *accuracies), = lines_of(run, f"{name:8s}")
+        row = ntk[name]
+        expected = [row[f"{split}_{of}"] for of in ("accuracy", "logit_accuracy")
+                    for split in ("train", "test")]
+        assert int(rank) == row["rank"] and float(frobenius) == pytest.approx(row["frobenius"], abs=0.06)
+        assert list(map(float, accuracies)) == shown(expected + [ntk["ft_ratio"]] * (name == "F"))
 
 
 # ------------------------------------------------------------------------------------ what else reads a run
