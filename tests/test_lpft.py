@@ -62,6 +62,17 @@ def test_lp_is_scikit_learns_cross_validated_logistic_regression(n, h, num_class
     np.testing.assert_allclose(probe.weight, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("scoring, theirs", [("accuracy", "accuracy"), ("log-loss", "neg_log_loss")])
+def test_the_score_of_each_strength_is_the_sum_of_the_means_of_folds_that_differ_in_size(scoring, theirs):
+    """83 samples make folds of 17 and of 16, which count alike. All ten scores are scikit-learn's."""
+    x, y = samples(83, 10, 3)
+    reference = LogisticRegressionCV(Cs=10, cv=5, scoring=theirs, solver="newton-cholesky", tol=1e-10,
+                                     l1_ratios=(0,), use_legacy_attributes=False)
+    reference.fit(x.double().numpy(), y.numpy())
+    expected = np.asarray(reference.scores_).reshape(5, 10).sum(0)
+    np.testing.assert_allclose(fit_linear_probe(x, y, 3, scoring=scoring).scores, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("inverse_l2", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_lp_ends_where_the_gradient_vanishes(inverse_l2, num_classes):
