@@ -1,7 +1,13 @@
 """What several tests share: a small random encoder, a real checkpoint, real data."""
 
 import importlib.util
+import io
+import json
 import os
+import random
+from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers must not look for a hub
@@ -11,6 +17,7 @@ import pytest
 import torch
 
 import pretrain
+import train
 from data import tiny
 from model import Encoder, save_pretrained
 
@@ -31,6 +38,75 @@ def random_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("random-encoder")
     save_pretrained(folder, Encoder(pretrain.tiny_config()), tiny.make_tokenizer())
     return folder
+
+
+LORA = ["--lora", "--lora-r", "4", "--lora-alpha", "12"]  # alpha is not r, nor are they the defaults
+FINISHED = {"lp": [], "ft": ["--lr", "2e-3"], "lpft": ["--lr", "3e-4", "--head-scale", "0.5", "--ntk", "40"],
+            "ft-lora": ["--lr", "1e-2", "--head-scale", "3", *LORA],
+            "lpft-lora": ["--lr", "5e-3", "--ntk", "40", *LORA]}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """finished(task, method): the folder of a finished run, made when a test first asks for it.
+
+    What the run printed is beside its folder, in a file of that name with .txt.
+
+    Tasks: "reviews", pairs of texts in 3 classes, scored by accuracy, with val, test and an OOD split;
+    "cola", single texts in 2, by Matthews correlation, with test. Labels are noisy, classes unbalanced.
+    """
+    root = tmp_path_factory.mktemp("finished")
+    write_reviews(root / "reviews")
+    write_cola(root / "glue" / "CoLA")
+    torch.manual_seed(0)
+    # weights so wide that a probe can read the features; an eps that is nobody's default
+    config = replace(pretrain.tiny_config(), initializer_range=0.15, layer_norm_eps=1e-3)
+    save_pretrained(root / "encoder", Encoder(config), tiny.make_tokenizer())
+    data = {"reviews": ["--data", str(root / "reviews"), "--lp-scoring", "log-loss"],
+            "cola": ["--data", "cola", "--data-dir", str(root)]}
+
+    @cache
+    def make(task, method):
+        flags = data[task][:2] if method.startswith("ft") and task == "reviews" else data[task]
+        stage = [] if method == "lp" else ["--epochs", "4", "--batch-size", "16"]
+        out, printed = root / f"{task}-{method}", io.StringIO()
+        flags = ["--method", method.split("-")[0], *flags, *stage, *FINISHED[method]]
+        with redirect_stdout(printed):
+            assert train.main(["--model", str(root / "encoder"), *flags, "--max-length", "16", "--seed", "3",
+                               "--out", str(out)]) == 0
+        out.with_suffix(".txt").write_text(printed.getvalue())
+        return out
+
+    return make
+
+
+def noisy_text(rng, moods):
+    """(text, class): each of 2 to 6 adjectives is in the mood of the class, or, one time in four, in any."""
+    label = rng.choices(range(len(moods)), range(2, len(moods) + 2))[0]  # some more often than others
+    words = [rng.choice(moods[label if rng.random() < 0.75 else rng.randrange(len(moods))][:6])
+             for _ in range(rng.randrange(2, 7))]
+    if rng.random() < 0.1:
+        label = rng.randrange(len(moods))
+    return f"the {rng.choice(tiny.SHARED_NOUNS)} was {' and '.join(words)} .", label
+
+
+def write_reviews(folder):
+    folder.mkdir()
+    for seed, (split, count) in enumerate({"train": 90, "val": 40, "test": 50, "ood_films": 30}.items()):
+        rng, lines = random.Random(seed), []
+        for _ in range(count):
+            text, label = noisy_text(rng, tiny.SHARED_ADJECTIVES)
+            other = " ".join(rng.choices(tiny.NOUNS[split == "ood_films"], k=rng.randrange(1, 6)))
+            lines.append(json.dumps({"text_a": text, "text_b": other, "label": tiny.LABELS[label]}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_cola(folder):
+    folder.mkdir(parents=True)
+    for seed, (file, count) in enumerate({"train.tsv": 300, "dev.tsv": 60}.items()):
+        rng = random.Random(seed)
+        rows = [noisy_text(rng, tiny.SHARED_ADJECTIVES[::2]) for _ in range(count)]
+        (folder / file).write_text("".join(f"src\t{label}\t\t{text}\n" for text, label in rows))
 
 
 @pytest.fixture(scope="session")

@@ -126,6 +126,20 @@ def test_scores_that_differ_by_few_test_samples_decide_nothing():
         assert f"<span class='{verdict.split()[0]}'>{verdict}{why}</span>" in page
 
 
+@pytest.mark.parametrize("samples, verdict", [
+    ((5, 5, 7), "undecided"), ((5, 6, 7), "holds"),
+    ((-5, -5, -7), "undecided"), ((-5, -7, -7), "does not hold")])
+def test_the_samples_guard_takes_the_mean_over_seeds_and_not_the_largest_or_the_smallest(samples, verdict):
+    """5, 5 and 7 samples are fewer than 6 on average, though one seed has more; 5, 6 and 7 are not."""
+    results = made_up()
+    for seed, more in zip((1, 2, 3), samples):
+        lp, lora = (results[f"{name}-seed{seed}"]["accuracy"] for name in ("LP", "LoRA"))
+        lora["test"] = lp["test"] + more / 1000
+    part = only(judged(results, 3, "accuracy: LoRA - LP"))
+    assert part["lower"] > 0 or part["upper"] < 0  # the seeds alone would decide
+    assert part["verdict"] == verdict and ("fewer than 6" in part.get("why", "")) == (verdict == "undecided")
+
+
 def test_samples_are_counted_split_by_split_by_accuracy_and_from_the_bound():
     """Two of 10 samples are two, however large the other split; a Matthews of 0.5 may be one; 4 of 400 from a tie to
     one point less are 4."""

@@ -16,8 +16,9 @@ from peft import PeftModel
 import predict
 import resume
 import train
+from conftest import LORA
 from data import encode, tiny
-from export import load_classifier
+from export import load_classifier, lora_settings
 from model import LoRALinear
 
 TEXTS = [text for text, _ in tiny.load("tiny")["test"][:40]]
@@ -29,7 +30,7 @@ def run(request, random_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / request.param
     assert train.main(["--method", "lpft", "--model", str(random_folder), "--data", "tiny-plain", "--epochs", "2",
                        "--lr", "2e-3", "--out", str(folder), "--export", f"{folder}-export"]
-                      + ["--lora"] * (request.param == "lora")) == 0
+                      + LORA * (request.param == "lora")) == 0
     return folder, folder.with_name(f"{folder.name}-export")
 
 
@@ -86,6 +87,28 @@ def test_the_adapter_opens_in_peft_over_the_original_encoder(run, random_folder)
     with torch.no_grad():
         difference = model.encoder(**batch) - theirs(**batch).last_hidden_state
     assert (difference * batch["attention_mask"].unsqueeze(2)).abs().max() < 1e-5
+
+
+def test_r_and_alpha_are_saved_loaded_and_exported_each_as_itself(run):
+    """classifier.json, the loaded model, peft's adapter_config.json: r = 4 and alpha = 12, and no dropout."""
+    folder, exported = run
+    lora = "lora" in folder.name
+    assert json.loads((folder / "classifier.json").read_text())["lora"] == ([4, 12] if lora else None)
+    assert lora_settings(load_classifier(folder)[0].encoder) == ((4, 12) if lora else None)
+    assert (exported / "adapter").exists() == lora
+    if lora:
+        config = json.loads((exported / "adapter" / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12, 0)
+        assert config["target_modules"] == ["query", "value"] and config["bias"] == "none"
+
+
+def test_the_exported_head_and_temperature_are_those_of_the_run(run):
+    folder, exported = run
+    model, _, settings = load_classifier(folder)
+    head = safetensors.torch.load_file(exported / "head.safetensors")
+    assert torch.equal(head["weight"], model.head.weight) and torch.equal(head["bias"], model.head.bias)
+    assert float(head["temperature"]) == pytest.approx(settings["temperature"], rel=1e-6)
+    assert settings["temperature"] == json.loads((folder / "result.json").read_text())["temperature"]
 
 
 # ------------------------------------------------------------------------------------ predict.py

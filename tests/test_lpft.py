@@ -62,6 +62,17 @@ def test_lp_is_scikit_learns_cross_validated_logistic_regression(n, h, num_class
     np.testing.assert_allclose(probe.weight, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("scoring, theirs", [("accuracy", "accuracy"), ("log-loss", "neg_log_loss")])
+def test_the_score_of_each_strength_is_the_sum_of_the_means_of_folds_that_differ_in_size(scoring, theirs):
+    """83 samples make folds of 17 and of 16, which count alike. All ten scores are scikit-learn's."""
+    x, y = samples(83, 10, 3)
+    reference = LogisticRegressionCV(Cs=10, cv=5, scoring=theirs, solver="newton-cholesky", tol=1e-10,
+                                     l1_ratios=(0,), use_legacy_attributes=False)
+    reference.fit(x.double().numpy(), y.numpy())
+    expected = np.asarray(reference.scores_).reshape(5, 10).sum(0)
+    np.testing.assert_allclose(fit_linear_probe(x, y, 3, scoring=scoring).scores, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("inverse_l2", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_lp_ends_where_the_gradient_vanishes(inverse_l2, num_classes):
@@ -153,7 +164,7 @@ def test_lp_ft_starts_from_the_logits_of_lp(model, small_task, lora):
     probe = fit_linear_probe(features, train.labels, 3)
     set_head(model, probe)
     if lora:
-        add_lora(model.encoder)
+        add_lora(model.encoder, r=4, lora_alpha=12)
     assert (predict(model, train)[1] - (features.double() @ probe.weight.T + probe.bias)).abs().max() < 1e-5
     history = fine_tune(model, train, val, lr=1e-3, batch_size=8, epochs=1)
     assert history[0]["epoch"] == 0
@@ -162,7 +173,7 @@ def test_lp_ft_starts_from_the_logits_of_lp(model, small_task, lora):
 
 
 def test_lora_moves_its_matrices_and_the_head_and_nothing_else(model, small_task):
-    add_lora(model.encoder)
+    add_lora(model.encoder, r=4, lora_alpha=12)
     before = copy.deepcopy(model.state_dict())
     fine_tune(model, small_task.splits["train"], small_task.splits["val"], lr=1e-2, batch_size=8, epochs=1)
     moved = {name for name, t in model.state_dict().items() if not torch.equal(before[name], t)}
@@ -305,6 +316,33 @@ def test_temperature_is_never_worse_than_one(case):
     assert F.cross_entropy(logits / t, labels) <= F.cross_entropy(logits, labels)
 
 
+class Lost(torch.optim.LBFGS):
+    """A search that ends where T is e^30 and the loss is flat, but not low."""
+
+    def step(self, closure):
+        self.param_groups[0]["params"][0].data.fill_(30.0)
+
+
+class Lazy(torch.optim.LBFGS):
+    """A search that does not search."""
+
+    def step(self, closure):
+        pass
+
+
+def test_a_search_that_ends_at_a_worse_temperature_than_one_gives_one(monkeypatch):
+    logits, labels = calibrated_logits(500)
+    monkeypatch.setattr(torch.optim, "LBFGS", Lost)
+    assert fit_temperature(logits, labels) == 1
+
+
+def test_a_search_that_ends_on_a_slope_is_an_error_and_no_temperature(monkeypatch):
+    logits, labels = calibrated_logits(500)
+    monkeypatch.setattr(torch.optim, "LBFGS", Lazy)
+    with pytest.raises(ArithmeticError, match="did not converge: slope"):
+        fit_temperature(5 * logits, labels)
+
+
 def test_where_all_temperatures_are_equal_it_is_one_and_without_numbers_there_is_none():
     labels = torch.tensor([0, 1, 2])
     assert fit_temperature(torch.full((3, 3), 0.7), labels) == 1
@@ -330,6 +368,46 @@ def test_calibration_error_by_hand():
     lower, upper = abs(1 - 0.5), abs(1 / 2 - (0.9 + 0.6) / 2)
     assert ece == pytest.approx((1 * lower + 2 * upper) / 3)
     assert mce == pytest.approx(max(lower, upper))
+
+
+def logits_of(*probabilities):
+    """Logits whose softmax is exactly these multiples of powers of two, 0 included."""
+    return torch.tensor(probabilities, dtype=torch.double).log().clamp(min=-1e4)
+
+
+def test_bins_are_open_below_and_closed_above_at_confidences_that_floats_hold_exactly():
+    """4 bins: 1/4 is in (0, 1/4], 1/2 is in (1/4, 1/2] beside 3/8, and 1 is in (3/4, 1]."""
+    logits = logits_of([0.25, 0.25, 0.25, 0.25], [0.375, 0.25, 0.25, 0.125], [0.5, 0.5, 0, 0],
+                       [0.75, 0.25, 0, 0], [1, 0, 0, 0])
+    confidence = logits.softmax(1).amax(1)
+    assert confidence[[0, 2, 4]].tolist() == [0.25, 0.5, 1]
+    labels = torch.tensor([0, 0, 2, 0, 1])  # right, right, wrong, right, wrong
+    gaps = [1 - 0.25, 2 * (1 / 2 - (0.375 + 0.5) / 2), 1 - 0.75, 1 - 0]  # times samples, bin by bin
+    ece, mce = calibration_error(logits, labels, bins=4)
+    assert ece == pytest.approx(sum(gaps) / 5, abs=1e-12) and mce == pytest.approx(1, abs=1e-12)
+
+
+def test_the_bins_edge_at_one_half_alone_decides():
+    """With 1/2 in the bin above, 3/8 and 5/8 would each change partners, and ECE and MCE with them."""
+    logits = logits_of([0.375, 0.375, 0.25], [0.5, 0.5, 0], [0.625, 0.375, 0])
+    labels = torch.tensor([0, 2, 0])  # right, wrong, right
+    lower, upper = 1 / 2 - (0.375 + 0.5) / 2, 1 - 0.625
+    expected = (2 * lower + upper) / 3, upper
+    assert calibration_error(logits, labels, bins=4) == pytest.approx(expected, abs=1e-12)
+
+
+def test_mce_is_the_largest_gap_of_a_bin_however_few_samples_are_in_it():
+    """Of four samples of confidence 3/4 three are right, which is no gap; one of confidence 1/2 is wrong."""
+    logits = logits_of(*[[0.75, 0.25]] * 4, [0.5, 0.5])
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    assert calibration_error(logits, labels, bins=4) == pytest.approx((0.5 / 5, 0.5), abs=1e-12)
+
+
+def test_an_over_confident_and_an_under_confident_bin_do_not_cancel():
+    """ECE is a sum of absolute gaps: 1/4 too sure and 1/4 not sure enough are 1/4, not 0."""
+    logits = logits_of([0.75, 0.25], [0.75, 0.25], [1, 0], [1, 0], [1, 0], [1, 0])
+    labels = torch.tensor([0, 0, 0, 0, 0, 1])
+    assert calibration_error(logits, labels, bins=4) == pytest.approx((0.25, 0.25), abs=1e-12)
 
 
 def test_calibration_error_of_every_sample_on_its_own():
@@ -364,6 +442,27 @@ def test_feature_statistics_against_their_definitions():
     assert found["fdr"] == pytest.approx(np.trace(total - within) / np.trace(within))
 
 
+def test_fdr_weighs_the_classes_by_their_samples():
+    """Class 0 at 0, 1, 2 and class 1 at 5, mean 2: between 3 x 1 + 1 x 9, within 1 + 0 + 1 + 0."""
+    x = torch.tensor([[0.0], [1.0], [2.0], [5.0]])
+    assert feature_statistics(x, x, torch.tensor([0, 0, 0, 1]))["fdr"] == 12 / 2
+    assert feature_statistics(x, x, torch.tensor([2, 2, 2, 0]))["fdr"] == 12 / 2  # class 1 has no sample
+
+
+def test_cs_diff_and_norm_by_hand():
+    """(3, 4), (4, 3) and (0, 1): cosines 24/25, 4/5, 3/5 of pairs; ways of 5, 0 and 2; lengths 5, 5, 1."""
+    x, x_0 = torch.tensor([[3.0, 4], [4, 3], [0, 1]]), torch.tensor([[0.0, 0], [4, 3], [0, 3]])
+    found = feature_statistics(x, x_0, torch.tensor([0, 1, 1]))
+    assert found["cs"] == pytest.approx((24 / 25 + 4 / 5 + 3 / 5) / 3)
+    assert found["diff"] == pytest.approx(7 / 3) and found["norm"] == pytest.approx(11 / 3)
+
+
+def test_one_sample_or_no_spread_within_classes_has_no_cs_or_no_finite_fdr():
+    one = torch.tensor([[1.0, 2.0]])
+    assert math.isnan(feature_statistics(one, one, torch.tensor([0]))["cs"])
+    assert math.isinf(feature_statistics(torch.eye(2), torch.eye(2), torch.tensor([0, 1]))["fdr"])
+
+
 # ------------------------------------------------------------------------------------ CUDA
 
 
@@ -387,7 +486,7 @@ def test_lp_from_features_on_cuda_is_lp_from_the_same_on_the_cpu():
 def test_a_step_on_cuda_waits_for_nothing(model, small_task, lora):
     """PyTorch raises where the host would wait for the GPU; copies come from pinned memory."""
     if lora:
-        add_lora(model.encoder)
+        add_lora(model.encoder, r=4, lora_alpha=12)
     model, train = model.cuda(), small_task.splits["train"]
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

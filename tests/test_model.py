@@ -187,7 +187,7 @@ def randomize_lora(encoder):
 
 def test_lora_starts_as_the_identity_bitwise(encoder, batch):
     before = encoder(**batch)
-    add_lora(encoder)
+    add_lora(encoder, r=4, lora_alpha=12)
     assert torch.equal(encoder(**batch), before)
 
 
@@ -203,16 +203,20 @@ def test_merged_lora_computes_what_unmerged_lora_computes(encoder, batch):
 
 def test_lora_trains_its_matrices_and_the_head_and_nothing_else(encoder):
     model = Classifier(encoder, 3)
-    add_lora(encoder, r=8)
+    add_lora(encoder, r=4, lora_alpha=12)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     expected = {f"encoder.layers.{i}.attention.{projection}.lora_{matrix}.weight"
                 for i in range(2) for projection in ("query", "value") for matrix in "AB"}
     assert trained == expected | {"head.weight", "head.bias"}
-    assert count_parameters(model)[0] == 2 * 2 * (8 * 64 + 64 * 8) + 3 * 64 + 3
+    assert count_parameters(model)[0] == 2 * 2 * (4 * 64 + 64 * 4) + 3 * 64 + 3
 
 
 def test_lora_with_copied_weights_equals_peft(minilm):
-    """peft's adapter on query and value: same outputs, same number of trained parameters."""
+    """peft's adapter on query and value: same outputs, same number of trained parameters.
+
+    In float64: on padding float32 rounds too coarsely to compare two codes.
+    """
+    torch.manual_seed(0)
     encoder, tokenizer = load_pretrained(minilm)
     theirs = get_peft_model(
         transformers.AutoModel.from_pretrained(minilm),
@@ -227,21 +231,21 @@ def test_lora_with_copied_weights_equals_peft(minilm):
             their.lora_B["default"].weight.data.copy_(ours.lora_B.weight)
     batch, _ = encode(tokenizer, [(s, None, 0) for s in SENTENCES], 64).batch(range(5))
     with torch.no_grad():
-        difference = encoder.eval()(**batch) - theirs(**batch).last_hidden_state
-    assert difference.abs().max() < 1e-5
+        difference = encoder.double().eval()(**batch) - theirs.double()(**batch).last_hidden_state
+    assert difference.abs().max() < 1e-9
     assert count_parameters(encoder)[0] == theirs.get_nb_trainable_parameters()[0]
 
 
 def test_lora_cannot_be_added_twice(encoder):
-    add_lora(encoder)
+    add_lora(encoder, r=4, lora_alpha=12)
     with pytest.raises(ValueError, match="merge_lora"):
-        add_lora(encoder)
+        add_lora(encoder, r=4, lora_alpha=12)
 
 
 def test_merging_needs_lora_and_may_follow_training(encoder):
     with pytest.raises(ValueError, match="no LoRA to merge"):
         merge_lora(encoder)
-    add_lora(encoder)
+    add_lora(encoder, r=4, lora_alpha=12)
     randomize_lora(encoder)
     layer = encoder.layers[0].attention.query
     assert torch.equal(layer.merged().weight, layer.merged().weight)  # twice adds B A once

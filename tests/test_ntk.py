@@ -78,7 +78,7 @@ def test_the_engine_computes_the_definition_in_the_rank_of_the_head(model, lora,
     model.head = nn.Linear(64, len(weight)).double().eval()
     model.head.weight.data = weight
     if lora:
-        add_lora(model.encoder)
+        add_lora(model.encoder, r=4, lora_alpha=12)
         randomise_lora(model)
     expected = ntk_by_jacobian(model, TRAIN, TEST)
     for dtype, tolerance in (torch.float64, 1e-12), (torch.float32, 1e-6):
@@ -104,7 +104,7 @@ def test_the_engine_computes_the_definition_for_a_real_encoder(minilm, lora):
     torch.manual_seed(0)
     model = Classifier(encoder, 3).double().eval()
     if lora:
-        add_lora(model.encoder)
+        add_lora(model.encoder, r=4, lora_alpha=12)
         randomise_lora(model)
     split = encode(tokenizer, [("A fine film.", None, 0), ("The room was cold.", "It was small.", 0),
                                ("Soup", None, 0)], 16)
@@ -182,7 +182,7 @@ def test_a_kernel_of_more_than_one_tile(model):
 
 
 def test_the_kernel_leaves_the_model_as_it_was(model):
-    add_lora(model.encoder)
+    add_lora(model.encoder, r=4, lora_alpha=12)
     before = copy.deepcopy(model.state_dict())
     trained = [p.requires_grad for p in model.parameters()]
     empirical_ntk(model, TRAIN)
@@ -280,7 +280,7 @@ def test_products_are_in_full_precision_and_the_setting_comes_back(model):
 def test_the_spot_check_sees_one_missing_layer_where_p_is_large(model, lora, wrong, monkeypatch):
     """F is compared by itself: under a small head Theta is nearly all P, and would hide it."""
     if lora:
-        add_lora(model.encoder)
+        add_lora(model.encoder, r=4, lora_alpha=12)
         randomise_lora(model)
     with torch.no_grad():
         model.head.weight *= 1e-3
@@ -415,7 +415,7 @@ LABELS = torch.tensor([0, 2, 1, 1, 0])
 def test_prop_4_1_theta_is_p_plus_f_and_p_has_a_closed_form(model, lora):
     """Theta over all parameters at once; P(x, x') = (<phi(x), phi(x')> + 1) I."""
     if lora:
-        add_lora(model.encoder)
+        add_lora(model.encoder, r=4, lora_alpha=12)
         randomise_lora(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     jacobian = []
@@ -438,7 +438,7 @@ def test_prop_4_1_theta_is_p_plus_f_and_p_has_a_closed_form(model, lora):
 def test_eq_1_one_step_moves_logits_as_the_kernel_predicts(model, lora):
     """f(x) moves by lr * sum_i Theta(x, x_i) delta_i; what is left falls with lr squared."""
     if lora:
-        add_lora(model.encoder)
+        add_lora(model.encoder, r=4, lora_alpha=12)
         randomise_lora(model)
     found = empirical_ntk(model, TRAIN, TEST)
     deltas = initial_deltas(all_logits(model, TRAIN), LABELS)

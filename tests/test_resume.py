@@ -22,6 +22,7 @@ import pretrain
 import resume
 import train
 from checkpoint import write_safetensors
+from conftest import LORA
 from data import load_task
 from export import load_classifier
 from model import Classifier, load_pretrained
@@ -97,7 +98,7 @@ def stage_of(run, partial=None):
 
 def test_killed_at_random_points_a_run_ends_with_the_same_numbers_and_weights(random_folder, tmp_path):
     """The whole promise of --resume, in one test."""
-    flags = ["--model", random_folder, "--epochs", "2", "--ntk", "30", "--save-every", "0", "--lora"]
+    flags = ["--model", random_folder, "--epochs", "2", "--ntk", "30", "--save-every", "0", *LORA]
     assert finish([*flags, "--out", tmp_path / "whole"], tmp_path)[0] == 0
     run = tmp_path / "killed"
     killed_until_done([*flags, "--out", run], run, tmp_path, 4, 6, random.Random(0))

@@ -13,13 +13,14 @@ import torch
 import ntk
 import train
 from checkpoint import read_safetensors
+from conftest import LORA
 from lpft import predict
 from data import load_task
 from data.corpora import CORPORA
 from model import Classifier, add_lora, load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"lp": [], "ft": [], "lpft": [], "ft-lora": ["--lora"], "lpft-lora": ["--lora"]}
+METHODS = {"lp": [], "ft": [], "lpft": [], "ft-lora": LORA, "lpft-lora": LORA}
 
 
 def command(name, *more):
@@ -40,7 +41,7 @@ def test_every_method_runs_to_its_table_and_its_files(name, random_folder, tmp_p
     for split in names:
         assert result["features"][split].keys() == {"cs", "diff", "fdr", "norm"}
         assert result["calibration"][split].keys() == {"ece", "mce", "ece_scaled", "mce_scaled"}
-    head, lora = 3 * 64 + 3, 4 * 2 * 8 * 64
+    head, lora = 3 * 64 + 3, 4 * 2 * 4 * 64
     trainable = {"lp": head, "ft": result["total_parameters"], "lpft": result["total_parameters"]}
     assert result["trainable_parameters"] == trainable.get(name, head + lora)
     assert (result["features"]["test"]["diff"] == 0) == (name == "lp")
@@ -53,7 +54,7 @@ def test_the_saved_weights_are_the_ones_that_were_measured(random_folder, tmp_pa
     assert train.main(command("lpft-lora", "--model", str(random_folder), "--out", str(tmp_path))) == 0
     encoder, tokenizer = load_pretrained(random_folder)
     model = Classifier(encoder, 3)
-    add_lora(encoder)
+    add_lora(encoder, r=4, lora_alpha=12)
     model.load_state_dict(read_safetensors(tmp_path / "model.safetensors"))
     test = load_task("tiny", tokenizer, max_test=80).splits["test"]
     correct = (predict(model, test)[1].argmax(1) == test.labels).double().mean()
@@ -189,7 +190,7 @@ def test_the_kernel_is_that_of_the_start_of_the_ft_stage(name, random_folder, tm
     torch.manual_seed(0)  # the same random head and LoRA as in the run
     model = Classifier(encoder, 3).eval()
     if "lora" in name:
-        add_lora(encoder)
+        add_lora(encoder, r=4, lora_alpha=12)
     task = load_task("tiny", tokenizer, max_train=60, max_test=80)
     batches, labels = {}, {}
     for split, key in (("train", "train_indices"), ("test", "test_indices")):
