@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+import conftest
 import train
-from conftest import SHARED
+from conftest import real_data
 from data import load_task, read_task, tiny
 from data.corpora import CORPORA, corpus_sources
 from model import load_pretrained
@@ -81,16 +82,15 @@ ROWS = {"cb": (250, 56), "rte": (2490, 277), "wic": (5428, 638), "boolq": (2000,
 @pytest.mark.parametrize("name", ROWS)
 def test_counts_by_split_and_class_of_the_real_files(name):
     """Validation is the last tenth of the training file; every other file is one split."""
-    if not SHARED.is_dir():
-        pytest.skip(f"no real data: {SHARED} does not exist")
-    rows, corpus = read_task(name, SHARED), CORPORA[name]
+    place = real_data(name)
+    rows, corpus = read_task(name, place), CORPORA[name]
     names = list(rows.labels.values())
     sizes = {split: len(indices) for split, indices in rows.indices.items()}
     assert sizes["train"] + sizes["val"] == ROWS[name][0] and sizes["val"] == ROWS[name][0] // 10
     assert [size for split, size in sizes.items() if split not in ("train", "val")] == list(ROWS[name][1:])
     assert rows.metric == ("matthews" if name == "cola" else "accuracy")
     for split, file in corpus.files.items():
-        labels = [corpus.labels[label] for label in direct_read(SHARED / corpus.group / file)]
+        labels = [corpus.labels[label] for label in direct_read(place / corpus.group / file)]
         found = [names[i] for i in rows.indices[split]]
         if split == "train":
             found += [names[i] for i in rows.indices["val"]]
@@ -98,6 +98,20 @@ def test_counts_by_split_and_class_of_the_real_files(name):
         print(name, split, dict(collections.Counter(labels)))
     where, text_a, text_b, label = next(rows.splits["train"][0]())
     print(f"{name} feeds {text_a!r}" + f" with {text_b!r}" * (text_b is not None), "as", corpus.labels[label])
+
+
+def test_real_data_are_looked_for_in_the_readmes_place_first(tmp_path, monkeypatch):
+    """datasets/ of the checkout, then ../shared/datasets; each data set in the first that has all its files."""
+    assert [place.parts[-2:] for place in conftest.PLACES] == [(conftest.ROOT.name, "datasets"), ("shared", "datasets")]
+    own, shared = tmp_path / "own", tmp_path / "shared"
+    monkeypatch.setattr(conftest, "PLACES", (own, shared))
+    write_corpus(shared, "cb", [EXAMPLES["cb"][0]])
+    write_corpus(shared, "rte", [EXAMPLES["rte"][0]])
+    assert real_data("cb") == shared and conftest.find_data("wic") is None
+    write_corpus(own, "cb", [EXAMPLES["cb"][0]])
+    assert real_data("cb") == own and real_data("rte") == real_data("cb", "rte") == shared
+    with pytest.raises(pytest.skip.Exception, match="no real data.* with wic"):
+        real_data("wic")
 
 
 def test_the_folder_may_be_the_publishers_own(superglue, minilm):
