@@ -93,7 +93,7 @@ def sst2_rows(path):
 
 
 def pubmed_rows(path):
-    """`###id` opens an abstract, `LABEL<TAB>sentence` follow, a blank line closes it."""
+    """`###id` opens an abstract, `LABEL<TAB>sentence` follow, a blank line closes it. Numbers stand there as @."""
     inside = False
     for number, line in enumerate(readers.read_lines(path), 1):
         where, line = f"{path}, line {number}", line.rstrip("\r\n")
@@ -139,8 +139,8 @@ CORPORA = {
                      readers.read_rows, {"0": "negative", "1": "positive", "2": "neutral"},
                      by_hand="BOSS is linked from github.com/lifan-yuan/OOD_NLP; its sentiment folders are "
                              "amazon, dynasent, semeval, sst5"),
-    "pubmed20k": Corpus("pubmed-rct", {split: f"PubMed_20k_RCT/{file}.txt" for split, file in
-                                       (("train", "train"), ("val", "dev"), ("test", "test"))},
+    "pubmed20k": Corpus("pubmed-rct", {split: f"PubMed_20k_RCT_numbers_replaced_with_at_sign/{file}.txt"
+                                       for split, file in (("train", "train"), ("val", "dev"), ("test", "test"))},
                         pubmed_rows, {name: name for name in PUBMED_LABELS}),
 }
 

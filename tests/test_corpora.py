@@ -35,7 +35,7 @@ EXAMPLES = {
              'It fell " fast " .', 'It " fell quickly .', "paraphrase"),
     "sst2": ("a film with one quote ' and \" \t1", "a film with one quote ' and \" ", None, "positive"),
     "amazon": ('"Good, and ""cheap""."\t2', 'Good, and "cheap".', None, "neutral"),
-    "pubmed20k": ("METHODS\tWe gave 5 mg of Aspirin .", "we gave 5 mg of aspirin .", None, "METHODS"),
+    "pubmed20k": ("METHODS\tWe gave @ mg of Aspirin .", "we gave @ mg of aspirin .", None, "METHODS"),
 }
 HEADERS = {"mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n", "sst2": "sentence\tlabel\n",
            "amazon": "Text\tLabel\n", "pubmed20k": "###24491034\n"}
