@@ -47,8 +47,9 @@ def to_device(batch, device):
 
 
 def mixed_precision(device):
-    """bfloat16 matrix products on CUDA, around float32 weights; plain float32 elsewhere."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """bfloat16 matrix products around float32 weights on a CUDA card that has them; plain float32 elsewhere."""
+    has_them = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_them)
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ from data.corpora import CORPORA
 from export import export_classifier, save_classifier
 from linear_probe import LinearProbe
 from lpft import (METRICS, NotFinite, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
-                  fit_temperature, predict, set_head)
+                  fit_temperature, mixed_precision, predict, set_head)
 from model import Classifier, add_lora, count_parameters, load_pretrained
 from resume import UNFINISHED, StateFile, claim_folders, memory_advice, release_folders, status_of, write_whole
 
@@ -243,8 +243,10 @@ def choose_device(name):
         raise ValueError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; "
                          f"available: {', '.join(kind for kind, there in available.items() if there)}")
     if name == "cuda":
-        why += f", {torch.cuda.get_device_name()}, bfloat16 autocast in the FT stage"
-    return torch.device(name), why
+        why += f", {torch.cuda.get_device_name()}"
+    with mixed_precision(torch.device(name)):
+        precision = "bfloat16 autocast" if torch.is_autocast_enabled(name) else "float32"
+    return torch.device(name), f"{why}, {precision} in the FT stage"
 
 
 # ---------------------------------------------------------------------------- one run

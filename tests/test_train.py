@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import lpft
 import ntk
 import train
 from checkpoint import read_safetensors
@@ -100,6 +101,21 @@ def test_a_temperature_without_bound_is_explained(right, random_folder, monkeypa
     assert temperature > 1000
     out = capsys.readouterr().out
     assert ("worse than chance" in out) == (not right) and "T has no meaning" not in out
+
+
+@pytest.mark.parametrize("device, of_its_own, precision", [
+    ("cuda", True, "bfloat16 autocast"), ("cuda", False, "float32"), ("cpu", True, "float32")])
+def test_bfloat16_is_for_cards_that_have_it_and_the_line_about_the_device_says_so(device, of_its_own, precision,
+                                                                                  monkeypatch):
+    """Older cards only emulate bfloat16, slower than float32; a CPU computes in float32 whatever it has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: of_its_own or including_emulation)
+    chosen, why = train.choose_device(device)
+    assert chosen.type == device and why.endswith(f", {precision} in the FT stage")
+    assert ("a card" in why) == (device == "cuda")
+    with lpft.mixed_precision(chosen):
+        assert torch.is_autocast_enabled(device) == (precision != "float32")
 
 
 @pytest.mark.parametrize("command", ["train", "predict", "pretrain", "reproduce"])
