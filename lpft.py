@@ -47,7 +47,7 @@ def to_device(batch, device):
 
 
 def mixed_precision(device):
-    """bfloat16 matrix products around float32 weights on a CUDA card that has them; plain float32 elsewhere."""
+    """bfloat16 matrix products, around float32 weights, on CUDA cards that have them; else float32."""
     has_them = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_them)
 

@@ -93,7 +93,7 @@ def sst2_rows(path):
 
 
 def pubmed_rows(path):
-    """`###id` opens an abstract, `LABEL<TAB>sentence` follow, a blank line closes it. Numbers stand there as @."""
+    """`###id` opens an abstract, `LABEL<TAB>sentence` follow, a blank line closes it; numbers are @."""
     inside = False
     for number, line in enumerate(readers.read_lines(path), 1):
         where, line = f"{path}, line {number}", line.rstrip("\r\n")
@@ -121,6 +121,7 @@ def glue(folder, read, labels, metric="accuracy"):
 
 
 CB_LABELS = ("contradiction", "entailment", "neutral")
+PUBMED = "PubMed_20k_RCT_numbers_replaced_with_at_sign"
 PUBMED_LABELS = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
 CORPORA = {
     "boolq": superglue("BoolQ", question_passage, {"False": "no", "True": "yes"}),
@@ -139,8 +140,8 @@ CORPORA = {
                      readers.read_rows, {"0": "negative", "1": "positive", "2": "neutral"},
                      by_hand="BOSS is linked from github.com/lifan-yuan/OOD_NLP; its sentiment folders are "
                              "amazon, dynasent, semeval, sst5"),
-    "pubmed20k": Corpus("pubmed-rct", {split: f"PubMed_20k_RCT_numbers_replaced_with_at_sign/{file}.txt"
-                                       for split, file in (("train", "train"), ("val", "dev"), ("test", "test"))},
+    "pubmed20k": Corpus("pubmed-rct", {"train": f"{PUBMED}/train.txt", "val": f"{PUBMED}/dev.txt",
+                                       "test": f"{PUBMED}/test.txt"},
                         pubmed_rows, {name: name for name in PUBMED_LABELS}),
 }
 

@@ -16,7 +16,7 @@ from data.corpora import corpus_sources
 from model import Encoder, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = (ROOT / "datasets", ROOT.parent / "shared" / "datasets")  # where real data may lie, the first that has it
+PLACES = (ROOT / "datasets", ROOT / "../shared/datasets")  # of real data, in this order
 
 
 def find_data(*names):

@@ -101,8 +101,8 @@ def test_counts_by_split_and_class_of_the_real_files(name):
 
 
 def test_real_data_are_looked_for_in_the_readmes_place_first(tmp_path, monkeypatch):
-    """datasets/ of the checkout, then ../shared/datasets; each data set in the first that has all its files."""
-    assert [place.parts[-2:] for place in conftest.PLACES] == [(conftest.ROOT.name, "datasets"), ("shared", "datasets")]
+    """datasets/ of the checkout, then ../shared/datasets; a data set is read in the first that has it."""
+    assert conftest.PLACES == tuple(conftest.ROOT / place for place in ("datasets", "../shared/datasets"))
     own, shared = tmp_path / "own", tmp_path / "shared"
     monkeypatch.setattr(conftest, "PLACES", (own, shared))
     write_corpus(shared, "cb", [EXAMPLES["cb"][0]])

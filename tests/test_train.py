@@ -105,12 +105,12 @@ def test_a_temperature_without_bound_is_explained(right, random_folder, monkeypa
 
 @pytest.mark.parametrize("device, of_its_own, precision", [
     ("cuda", True, "bfloat16 autocast"), ("cuda", False, "float32"), ("cpu", True, "float32")])
-def test_bfloat16_is_for_cards_that_have_it_and_the_line_about_the_device_says_so(device, of_its_own, precision,
-                                                                                  monkeypatch):
+def test_bfloat16_is_for_cards_that_have_it_and_the_device_line_says_so(device, of_its_own, precision, monkeypatch):
     """Older cards only emulate bfloat16, slower than float32; a CPU computes in float32 whatever it has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: of_its_own or including_emulation)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True:
+                        of_its_own or including_emulation)
     chosen, why = train.choose_device(device)
     assert chosen.type == device and why.endswith(f", {precision} in the FT stage")
     assert ("a card" in why) == (device == "cuda")
