@@ -41,8 +41,8 @@ from data import evaluation_batches, load_task, read_task, tiny
 from data.corpora import CORPORA
 from export import export_classifier, save_classifier
 from linear_probe import LinearProbe
-from lpft import (METRICS, NotFinite, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
-                  fit_temperature, mixed_precision, predict, set_head)
+from lpft import (METRICS, NotFinite, accuracy, calibration_error, device_of, feature_statistics, fine_tune,
+                  fit_linear_probe, fit_temperature, mixed_precision, predict, set_head, to_device)
 from model import Classifier, add_lora, count_parameters, load_pretrained
 from resume import UNFINISHED, StateFile, claim_folders, memory_advice, release_folders, status_of, write_whole
 
@@ -453,7 +453,9 @@ def ntk_stage(args, model, task, picked, state):
     found = ntk.NTK(*(kernel[rows][:, :, places[0]] for kernel, rows in (
         (found.pretrain, places[0]), (found.ft, places[0]), (found.test_pretrain, places[1]),
         (found.test_ft, places[1]))))
-    deltas = ntk.initial_deltas(predict(model, train)[1][train_indices], labels)
+    with torch.no_grad():
+        logits = torch.cat([model(**to_device(batch, device_of(model))).cpu() for batch in batches[0]])  # (N, C)
+    deltas = ntk.initial_deltas(logits[places[0]], labels)
     result = {"train_samples": len(labels), "test_samples": len(test_labels), "test_split": [*picked][1],
               "ft_ratio": ntk.ft_ratio(found, deltas)}
     print(f"\n{'kernel':8s}{'rank':>6s}{'Frobenius':>12s}{'train':>9s}{'test':>8s}"

@@ -105,7 +105,7 @@ def test_a_temperature_without_bound_is_explained(right, random_folder, monkeypa
 
 @pytest.mark.parametrize("device, of_its_own, precision", [
     ("cuda", True, "bfloat16 autocast"), ("cuda", False, "float32"), ("cpu", True, "float32")])
-def test_bfloat16_is_for_cards_that_have_it_and_the_device_line_says_so(device, of_its_own, precision, monkeypatch):
+def test_bfloat16_is_for_cards_that_have_it_and_is_announced(device, of_its_own, precision, monkeypatch):
     """Older cards only emulate bfloat16, slower than float32; a CPU computes in float32 whatever it has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
@@ -229,6 +229,19 @@ def test_the_kernel_is_that_of_the_start_of_the_ft_stage(name, random_folder, tm
         assert result[row]["singular_values"] == pytest.approx(statistics["singular_values"].tolist())
         regression = ntk.kernel_regression(kernel, labels["train"], test_kernel, labels["test"])
         assert {key: result[row][key] for key in regression} == regression
+
+
+def test_the_kernel_needs_the_logits_of_its_own_samples_alone(random_folder, tmp_path, monkeypatch):
+    """The whole training split, predicted for 30 deltas, may take longer than the kernel of them."""
+    sizes = []
+
+    def counted(model, split, **more):
+        sizes.append(len(split))
+        return predict(model, split, **more)
+
+    monkeypatch.setattr(train, "predict", counted)
+    assert train.main(command("ft", "--model", str(random_folder), "--ntk", "30", "--out", str(tmp_path / "run"))) == 0
+    assert 60 not in sizes and sizes.count(80) == 2 * 4 and sizes.count(400) == 1  # train, the tests, validation
 
 
 def test_the_kernel_changes_nothing_but_what_is_reported(random_folder, tmp_path):
