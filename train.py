@@ -119,7 +119,8 @@ def parse_args(argv=None):
     stage.add_argument("--ntk-memory", type=int, metavar="MB", help="what the kernel may take (default: 2048)")
     run_group = parser.add_argument_group("run")
     run_group.add_argument("--seed", type=int, default=0, metavar="S",
-                           help="of the random head, LoRA, dropout and order (default: %(default)s)")
+                           help="of the random head, LoRA, dropout and order; the same numbers come out on one "
+                                "machine, on its CPU, with one number of threads (default: %(default)s)")
     run_group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                            help="auto takes cuda, else mps, else cpu (default: %(default)s)")
     run_group.add_argument("--num-workers", type=int, metavar="N",
@@ -454,7 +455,8 @@ def ntk_stage(args, model, task, picked, state):
         (found.pretrain, places[0]), (found.ft, places[0]), (found.test_pretrain, places[1]),
         (found.test_ft, places[1]))))
     with torch.no_grad():
-        logits = torch.cat([model(**to_device(batch, device_of(model))).cpu() for batch in batches[0]])  # (N, C)
+        device = device_of(model)
+        logits = torch.cat([model(**to_device(batch, device)).cpu() for batch in batches[0]])  # (N, C)
     deltas = ntk.initial_deltas(logits[places[0]], labels)
     result = {"train_samples": len(labels), "test_samples": len(test_labels), "test_split": [*picked][1],
               "ft_ratio": ntk.ft_ratio(found, deltas)}
@@ -550,10 +552,11 @@ def evaluate(model, task, features_0):
 
 
 def print_configuration(args, why, task):
-    shown = configuration(args)
     print("configuration")
-    for name, value in shown.items():
-        print(f"  --{name.replace('_', '-'):16s}{value}{'   (' + why + ')' if name == 'device' else ''}")
+    for name, value in configuration(args).items():
+        if value is not False:  # a flag like --lora is there or not
+            shown = "" if value is True else f"{value}   ({why})" if name == "device" else value
+            print(f"  --{name.replace('_', '-'):16s}{shown}".rstrip())
     sizes = ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
     print(f"  samples           {sizes}\n  classes           {', '.join(task.labels)}")
 

@@ -10,6 +10,7 @@ Shapes: N samples, L tokens of the longest sample in the batch.
 """
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -130,7 +131,9 @@ def read_task(name_or_directory, data_dir=None):
         sources = corpora.corpus_sources(name_or_directory, data_dir or "datasets")
     else:
         sources = readers.folder_sources(Path(name_or_directory))
-        labels = {name: name for name in readers.sort_labels({row[3] for row in sources["train"]()})}
+        counts = Counter(label for *_, label in sources["train"]())
+        readers.refuse_typos(sources["train"], counts)
+        labels = {name: name for name in readers.sort_labels(counts)}
     _, pairs = read_labels(sources["train"], labels, None)
     indices = {split: read_labels(source, labels, pairs)[0] for split, source in sources.items()}
     splits = {split: (source, np.arange(len(indices[split]))) for split, source in sources.items()}
@@ -138,9 +141,12 @@ def read_task(name_or_directory, data_dir=None):
         (source, rows), found = splits["train"], indices["train"]
         kept = len(rows) - len(rows) // 10  # the last tenth, unshuffled
         if len(set(found[kept:])) < 2:
-            *_, (where, *_) = source()
-            raise ValueError(f"{where}: the end; there is no val file, and the last tenth of the {len(rows)} rows, "
-                             "to be validation, has fewer than two classes; shuffle the rows or add a val file")
+            *_, (where, *_, label) = source()
+            why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more, or a val "
+                   "file" if len(rows) < 20 else
+                   f"all of the last tenth of the {len(rows)} rows, to be validation, is {labels[label]}; put the "
+                   "rows in random order (such as with shuf, below the header) or add a val file")
+            raise ValueError(f"{where}: the end; there is no val file, and {why}")
         splits["train"], splits["val"] = (source, rows[:kept]), (source, rows[kept:])
         indices["train"], indices["val"] = found[:kept], found[kept:]
     order = dict.fromkeys(name for name in ("train", "val", "test", *splits) if name in splits)

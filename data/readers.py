@@ -14,6 +14,7 @@ import csv
 import json
 import re
 import sys
+from difflib import get_close_matches
 from functools import partial
 
 FORMATS = (".tsv", ".csv", ".jsonl")
@@ -68,12 +69,13 @@ def read_rows(path):
         yield where, *texts_of(where, row, *text_columns(where, row)), label_of(where, row)
 
 
-def text_columns(where, names):
-    """Those of the `names` that are text; ValueError if they are not what the module says."""
+def text_columns(where, names, found=None):
+    """Those of the `names` that are text; ValueError, with what was `found`, if they are not as the module says."""
     for columns in (("text",), ("text_a", "text_b"), ("premise", "hypothesis")):
         if all(name in names for name in columns) and "label" in names:
             return columns
-    raise ValueError(f"{where}: columns {listing(names)}; expected text, or text_a and text_b, and label")
+    found = found or f"columns {listing(names)}"
+    raise ValueError(f"{where}: {found}; expected text, or text_a and text_b, and label")
 
 
 def texts_of(where, row, name_a, name_b=None):
@@ -152,10 +154,10 @@ def read_table(path):
                 continue
             if header is None:
                 header = [name.strip().lower() for name in cells]
+                text_columns(where, header, f"must be the header, and is: {listing(cells)}")
                 twice = [name for name in header if header.count(name) > 1]
                 if twice:
                     raise ValueError(f"{where}: the header has two columns {twice[0][:60]!r}")
-                text_columns(where, header)
                 continue
             if tabs and any(mark in cell for cell in cells for mark in "\t\r\n"):
                 raise ValueError(f"{where}: a cell that began with a quote went on over a tab or a line; double its "
@@ -168,6 +170,22 @@ def read_table(path):
         if "new-line character" in str(error):
             error, why = "a carriage return alone", "does not end a line; expected LF or CR LF"
         raise ValueError(f"{path}, line {reader.line_num}: {error} {why}") from None
+
+
+def refuse_typos(source, counts):
+    """ValueError for a label of a single row that is spelt nearly as one of five rows or more.
+
+    `counts` {label: rows}. Labels with other numbers in them, such as class 1 and class 2, are not alike.
+    """
+    often = {label.lower(): label for label, rows in counts.items() if rows >= 5}
+    for label in (label for label, rows in counts.items() if rows == 1):
+        for other in get_close_matches(label.lower(), often, cutoff=0.85):
+            if re.findall(r"\d+", label) == re.findall(r"\d+", other):
+                where, text, *_ = next(row for row in source() if row[3] == label)
+                other = often[other]
+                raise ValueError(f"{where}: label {label[:60]!r} occurs once, of the text {text[:60]!r}, and "
+                                 f"{other[:60]!r} {counts[other]} times; correct it, or, if it is a class of its "
+                                 "own, add rows of it")
 
 
 def sort_labels(labels):

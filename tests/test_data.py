@@ -189,11 +189,11 @@ BAD_FILES = [
     ("train.csv", b"text,label\nfine,0\n,1\n", "line 3: text is ''"),
     ("train.csv", b"text,label\nfine,0\ngood,\n", "line 3: label is ''"),
     ("train.csv", b'text,label\nfine,0\n"good,1\n', "line 3: unexpected end"),
-    ("train.csv", b"sentence,label\nfine,0\n", "line 1: columns sentence, label; expected text"),
-    ("train.csv", b"text,class\nfine,0\n", "line 1: columns text, class; expected text, .* and label"),
+    ("train.csv", b"sentence,label\nfine,0\n", "line 1: .* is: sentence, label; expected text"),
+    ("train.csv", b"text,class\nfine,0\n", "line 1: .* is: text, class; expected text, .* and label"),
     ("train.csv", b"", "line 1: no rows"),
     ("train.csv", b"text,label\nfine,0\ngood,0\n", "line 3: the end of the file; '0' is its only label"),
-    ("train.csv", b"text,label\nfine,0\ngood,1\n", "line 3: the end; .*two classes"),
+    ("train.csv", b"text,label\nfine,0\ngood,1\n", "line 3: the end; .* too few for validation"),
     ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": \n', "line 2: not JSON"),
     ("train.jsonl", b'["a", 0]\n', "line 1: expected a JSON object"),
     ("train.jsonl", b'{"text": 5, "label": 0}\n', "line 1: text is 5"),
@@ -208,6 +208,24 @@ def test_a_broken_file_is_refused_with_file_and_line(tmp_path, name, content, me
     with pytest.raises(ValueError, match=message) as caught:
         read_task(tmp_path)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("odd, frequent, refused", [
+    ("postive", "positive", True), ("World", "world", True), ("poss", "pos", True), ("tv news", "tv_news", True),
+    ("class 1", "class 2", False), ("11", "1", False), ("neutral", "negative", False),
+    ("entailment", "not_entailment", False)])
+def test_a_label_that_looks_like_a_typo_is_named_with_its_text(tmp_path, odd, frequent, refused):
+    """It would be a class of one text. Numbers are no typos of each other, and twice is no accident."""
+    rows = [{"text": "x", "label": frequent}, {"text": "y", "label": "other"}] * 20
+    write_rows(tmp_path / "train.jsonl", rows[:7] + [{"text": "the odd one", "label": odd}] + rows[7:])
+    if refused:
+        said = f"train.jsonl, line 8: label '{odd}' .* 'the odd one', and '{frequent}' 20"
+        with pytest.raises(ValueError, match=said):
+            read_task(tmp_path)
+    else:
+        assert odd in read_task(tmp_path).labels
+    write_rows(tmp_path / "train.jsonl", rows + [{"text": "the odd one", "label": odd}] * 2 + rows)
+    assert odd in read_task(tmp_path).labels
 
 
 def test_a_label_that_training_does_not_know_is_refused(tmp_path):

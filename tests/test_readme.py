@@ -22,6 +22,15 @@ def test_the_file_map_lists_every_file_with_its_length():
     assert all(abs(listed[name] - lines) <= 10 for name, lines in actual.items()), actual
 
 
+def test_the_same_seed_promises_no_more_than_can_be_kept(capsys):
+    """Another processor, a GPU or another number of threads adds in another order."""
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    for text in (README, capsys.readouterr().out):
+        promise = "the same numbers (come out )?on one machine, on its CPU, with one number of threads"
+        assert re.search(promise, " ".join(text.split()))
+
+
 def test_nothing_is_left_to_fill_in():
     assert "@@" not in README
 

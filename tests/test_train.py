@@ -156,6 +156,18 @@ def test_cola_is_selected_and_reported_by_matthews_correlation(random_folder, tm
     assert any(record["val_matthews"] != record["val_accuracy"] for record in records)
 
 
+def test_the_printed_configuration_is_made_of_flags(random_folder, tmp_path, capsys):
+    """What it prints, without the words in brackets, is a command: a flag that is off is not there."""
+    for name in ("ft", "ft-lora"):
+        arguments = command(name, "--model", str(random_folder), "--out", str(tmp_path / name))
+        assert train.main(arguments) == 0
+        lines = capsys.readouterr().out.split("configuration\n")[1].split("  samples")[0].splitlines()
+        flags = [word for line in lines for word in line.split("   (")[0].split()]
+        ours, theirs = (train.configuration(train.parse_args(words)) for words in (flags, arguments))
+        assert ours == theirs | {"device": ours["device"]}
+        assert ("--lora" in flags) == ("lora" in name)
+
+
 def test_the_authors_settings_are_the_defaults_of_their_data_sets():
     """Batch size and learning rate in FT, LoRA, LP-FT and LP-LoRA."""
     for (method, lora), (batch_size, lr) in zip(train.STAGES, train.RECIPES["wsc"]):
@@ -240,8 +252,9 @@ def test_the_kernel_needs_the_logits_of_its_own_samples_alone(random_folder, tmp
         return predict(model, split, **more)
 
     monkeypatch.setattr(train, "predict", counted)
-    assert train.main(command("ft", "--model", str(random_folder), "--ntk", "30", "--out", str(tmp_path / "run"))) == 0
-    assert 60 not in sizes and sizes.count(80) == 2 * 4 and sizes.count(400) == 1  # train, the tests, validation
+    arguments = command("ft", "--model", str(random_folder), "--ntk", "30", "--out", str(tmp_path / "run"))
+    assert train.main(arguments) == 0
+    assert 60 not in sizes and sizes.count(80) == 2 * 4 and sizes.count(400) == 1  # train, tests, validation
 
 
 def test_the_kernel_changes_nothing_but_what_is_reported(random_folder, tmp_path):
