@@ -63,8 +63,13 @@ def predict(model, split, batch_size=64, desc=None):
         batch, _ = split.batch(indices)
         features[indices] = model.features(**to_device(batch, device)).float().cpu()
     model.train(was_training)
-    head = model.head
-    return features, F.linear(features, head.weight.float().cpu(), head.bias.float().cpu())
+    return features, logits_of(model, features)
+
+
+@torch.no_grad()
+def logits_of(model, features):
+    """V phi(x) + b, (N, C), from features (N, h) on the CPU."""
+    return F.linear(features, model.head.weight.float().cpu(), model.head.bias.float().cpu())
 
 
 def accuracy(logits, labels):

@@ -142,10 +142,10 @@ def read_task(name_or_directory, data_dir=None):
         kept = len(rows) - len(rows) // 10  # the last tenth, unshuffled
         if len(set(found[kept:])) < 2:
             *_, (where, *_, label) = source()
-            why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more, or a val "
-                   "file" if len(rows) < 20 else
-                   f"all of the last tenth of the {len(rows)} rows, to be validation, is {labels[label]}; put the "
-                   "rows in random order (such as with shuf, below the header) or add a val file")
+            why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more, or "
+                   "a val file" if len(rows) < 20 else
+                   f"all of the last tenth of the {len(rows)} rows, to be validation, is {labels[label]}; "
+                   "put the rows in random order (such as with shuf, below the header) or add a val file")
             raise ValueError(f"{where}: the end; there is no val file, and {why}")
         splits["train"], splits["val"] = (source, rows[:kept]), (source, rows[kept:])
         indices["train"], indices["val"] = found[:kept], found[kept:]

@@ -1,8 +1,9 @@
 """Files of labelled text, read as rows (where, text_a, text_b or None, label), one at a time.
 
-Your own folder holds `train`, and may hold `val`, `test` and any number of `ood_NAME`, each as
-.tsv, .csv (both with a header line and the usual CSV quoting) or .jsonl (one object a line).
-Columns, in any case and order: `text`, or `text_a` and `text_b`; and `label`, integers or strings.
+Your own folder holds `train`, and may hold `val` (or `dev`, `validation`), `test` and any number of
+`ood_NAME`, each as .tsv, .csv (both with a header line and the usual CSV quoting) or .jsonl (one object a
+line). Columns, in any case and order: `text` (or `sentence`), or `text_a` and `text_b`; and `label`,
+integers or strings.
 
 A SuperGLUE folder (CB, RTE) holds train.jsonl and val.jsonl with `premise`, `hypothesis`, `label`;
 its val.jsonl is the test set, as in the paper, because the original test.jsonl has no labels.
@@ -13,11 +14,15 @@ its val.jsonl is the test set, as in the paper, because the original test.jsonl 
 import csv
 import json
 import re
+import shlex
 import sys
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 
 FORMATS = (".tsv", ".csv", ".jsonl")
+SPLITS = {"train": "train", "val": "val", "dev": "val", "validation": "val", "test": "test"}  # {file: split}
 csv.field_size_limit(sys.maxsize)  # a text may be long
 
 
@@ -35,13 +40,14 @@ def folder_sources(folder):
 
 def find_files(folder):
     """{split: path} of the files with a name that means something; OOD splits lose their `ood_`."""
-    paths, own = {}, ("train", "val", "test")
+    paths = {}
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS):
-        split = path.stem.removeprefix("ood_")
-        ood = split != path.stem and split not in own and re.fullmatch(r"[\w-]+", split)
-        if not (path.stem in own or ood) or path.suffix not in FORMATS:
+        name = path.stem.removeprefix("ood_")
+        ood = name != path.stem and name not in SPLITS and re.fullmatch(r"[\w-]+", name)
+        if not (path.stem in SPLITS or ood) or path.suffix not in FORMATS:
             raise ValueError(f"{path}: not a name that is read; expected train, val, test or ood_NAME (NAME of "
                              "letters, digits, _ and -) with .tsv, .csv or .jsonl")
+        split = SPLITS.get(path.stem, name)
         if split in paths:
             raise ValueError(f"{path}: a second file for the split {split}; the first is {paths[split].name}")
         paths[split] = path
@@ -64,14 +70,25 @@ def first_row(path):
 
 
 def read_rows(path):
-    """Yield (where, text_a, text_b or None, label as a string) for every row of a file."""
+    """Yield (where, text_a, text_b or None, label as a string) for every row of a file.
+
+    Rows without text are refused behind the last one, when it is known how many there are.
+    """
+    rows, empty = 0, []
     for where, row in read_jsonl(path) if path.suffix == ".jsonl" else read_table(path):
-        yield where, *texts_of(where, row, *text_columns(where, row)), label_of(where, row)
+        rows, columns = rows + 1, text_columns(where, row)
+        missing = [name for name in columns if row[name] is None or not str(row[name]).strip()]
+        if missing:
+            empty.append(f"{where}: no {missing[0]}")
+        else:
+            yield where, *texts_of(where, row, *columns), label_of(where, row)
+    if empty:
+        raise ValueError(f"{empty[0]}; expected one in every row; missing in {len(empty)} of {rows} rows")
 
 
 def text_columns(where, names, found=None):
-    """Those of the `names` that are text; ValueError, with what was `found`, if they are not as the module says."""
-    for columns in (("text",), ("text_a", "text_b"), ("premise", "hypothesis")):
+    """Those of the `names` that are text; ValueError with what was `found` where they are not the module's."""
+    for columns in (("text",), ("sentence",), ("text_a", "text_b"), ("premise", "hypothesis")):
         if all(name in names for name in columns) and "label" in names:
             return columns
     found = found or f"columns {listing(names)}"
@@ -121,7 +138,12 @@ def decode_lines(lines, name):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name}, line {number}: not UTF-8 text ({error.reason})") from None
+            encoding = "UTF-16" if line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "WINDOWS-1252"
+            command = f"iconv -f {encoding} -t UTF-8"
+            if isinstance(name, Path):  # not standard input
+                command += f" {shlex.quote(str(name))} > {shlex.quote(str(name.with_suffix('.utf8')))}"
+            raise ValueError(f"{name}, line {number}: not UTF-8 text ({error.reason}); if it is {encoding}, "
+                             f"this converts it: {command}") from None
 
 
 def read_jsonl(path):
@@ -184,8 +206,8 @@ def refuse_typos(source, counts):
                 where, text, *_ = next(row for row in source() if row[3] == label)
                 other = often[other]
                 raise ValueError(f"{where}: label {label[:60]!r} occurs once, of the text {text[:60]!r}, and "
-                                 f"{other[:60]!r} {counts[other]} times; correct it, or, if it is a class of its "
-                                 "own, add rows of it")
+                                 f"{other[:60]!r} {counts[other]} times; correct it, or, if it is a class of "
+                                 "its own, add rows of it")
 
 
 def sort_labels(labels):

@@ -249,7 +249,7 @@ def test_a_file_that_is_wrong_as_a_whole(file, content, line, random_folder, tmp
                   content, line)
 
 
-@pytest.mark.parametrize("file", ["dev.csv", "TEST.csv", "test.CSV", "ood_.csv", "ood_val.csv", "ood_my web.csv",
+@pytest.mark.parametrize("file", ["devel.csv", "TEST.csv", "test.CSV", "ood_.csv", "ood_val.csv", "ood_ .csv",
                                   "train.tsv", "notes.jsonl"])
 def test_a_file_that_would_not_be_read_is_refused_by_name(file, random_folder, tmp_path, capsys):
     for name in ("train.csv", file):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+import linear_probe
 import lpft
 import ntk
 import train
 from checkpoint import read_safetensors
-from lpft import predict
-from data import load_task
+from data import load_task, tiny
 from data.corpora import CORPORA
+from export import load_classifier
+from lpft import accuracy, feature_statistics, predict
 from model import Classifier, add_lora, load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,6 +268,50 @@ def test_the_kernel_changes_nothing_but_what_is_reported(random_folder, tmp_path
         results.append(json.loads((tmp_path / run / "result.json").read_text()))
         del results[-1]["seconds"]
     assert 0 < results[0].pop("ntk")["ft_ratio"] and results[0] == results[1]
+
+
+def test_ft_and_lp_ft_on_a_folder_take_the_same_number_of_steps():
+    """Else the same learning rate would mean twice the steps for one of them."""
+    folder = ["--model", "x", "--data", "mine"]
+    assert {train.parse_args(["--method", method, *["--lora"] * lora, *folder]).batch_size
+            for method, lora in train.STAGES} == {8}
+
+
+def test_lp_computes_no_features_twice(random_folder, tmp_path, monkeypatch):
+    """Its encoder is the pre-trained one; and what it then says of test is what any other code says of it."""
+    seen = []
+
+    def counted(model, split, **more):
+        seen.append(split)
+        return predict(model, split, **more)
+
+    monkeypatch.setattr(train, "predict", counted)
+    assert train.main(command("lp", "--model", str(random_folder), "--out", str(tmp_path / "run"))) == 0
+    assert len(seen) == len({id(split) for split in seen}) == 6  # train, val, test and three other domains
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    model, _, _ = load_classifier(tmp_path / "run")
+    features, logits = predict(model, seen[2])
+    assert result["accuracy"]["test"] == accuracy(logits, seen[2].labels)
+    assert result["features"]["test"] == feature_statistics(features, features, seen[2].labels)
+    assert result["val_accuracy"] == accuracy(predict(model, seen[1])[1], seen[1].labels)
+
+
+@pytest.mark.parametrize("flags, hint", [([], True), (["--lp-scoring", "log-loss"], False),
+                                         (["--lp-inverse-l2", "100"], False)])
+def test_lp_that_learns_by_heart_says_what_may_help(flags, hint, random_folder, tmp_path, capsys, monkeypatch):
+    """Labels without sense and a weak penalty: nearly every training sample right, validation at chance."""
+    monkeypatch.setattr(linear_probe, "INVERSE_L2_GRID", np.array([1e4]))
+    words, rng = tiny.vocabulary()[0][-200:], random.Random(0)
+    for name, count in (("train", 50), ("val", 50)):
+        rows = [f"{' '.join(rng.sample(words, 4))}\t{rng.choice(('yes', 'no'))}" for _ in range(count)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    arguments = ["--method", "lp", "--model", str(random_folder), "--data", str(tmp_path), *flags]
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())["lp"]
+    said = [line for line in capsys.readouterr().out.splitlines() if "try --lp-scoring log-loss" in line]
+    assert len(said) == hint
+    if hint:
+        assert result["train_accuracy"] > result["val_accuracy"] + 0.2
 
 
 def test_the_learning_rate_is_that_of_the_encoder(random_folder):
