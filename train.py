@@ -306,7 +306,7 @@ def load_train_measure(args, device, why, state):
         labels = {name: split.labels for name, split in task.splits.items()}
         ntk_samples = pick_ntk_samples(args.ntk, args.seed, labels, task.labels)
     refuse_other_start(args, task, encoder, state)
-    print_configuration(args, why, task)
+    print_configuration(args, why, task, rows.skipped)
 
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(task.labels)).to(device)
@@ -561,7 +561,7 @@ def evaluate(model, task, features_0, frozen=False):
 # ---------------------------------------------------------------------------- what is written
 
 
-def print_configuration(args, why, task):
+def print_configuration(args, why, task, skipped):
     print("configuration")
     for name, value in configuration(args).items():
         if value is not False:  # a flag like --lora is there or not
@@ -569,6 +569,9 @@ def print_configuration(args, why, task):
             print(f"  --{name.replace('_', '-'):16s}{shown}".rstrip())
     sizes = ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
     print(f"  samples           {sizes}\n  classes           {', '.join(task.labels)}")
+    if skipped:
+        counts = ", ".join(f"{name} {count}" for name, count in skipped.items())
+        print(f"  skipped           rows without text: {counts}")
 
 
 def print_table(args, result):

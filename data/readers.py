@@ -87,7 +87,7 @@ def read_rows(path):
 
 
 def text_columns(where, names, found=None):
-    """Those of the `names` that are text; ValueError with what was `found` where they are not the module's."""
+    """Those of the `names` that are text; ValueError with what was `found` if they are not the module's."""
     for columns in (("text",), ("sentence",), ("text_a", "text_b"), ("premise", "hypothesis")):
         if all(name in names for name in columns) and "label" in names:
             return columns
@@ -165,13 +165,16 @@ def read_jsonl(path):
 
 
 def read_table(path):
-    """Yield (where, {column: cell}) for every row of a .tsv or .csv file with a header line."""
+    """Yield (where, {column: cell}) for every row of a .tsv or .csv file with a header line.
+
+    A cell in quotes may go on over lines; `where` is the line in which its row begins.
+    """
     tabs = path.suffix == ".tsv"
     reader = csv.reader(read_lines(path), delimiter="\t" if tabs else ",", strict=True)
-    header = None
+    header, line = None, 1
     try:
         for cells in reader:
-            where = f"{path}, line {reader.line_num}"
+            where, line = f"{path}, line {line}", reader.line_num + 1
             if not cells:  # a blank line
                 continue
             if header is None:
@@ -181,17 +184,20 @@ def read_table(path):
                 if twice:
                     raise ValueError(f"{where}: the header has two columns {twice[0][:60]!r}")
                 continue
-            if tabs and any(mark in cell for cell in cells for mark in "\t\r\n"):
-                raise ValueError(f"{where}: a cell that began with a quote went on over a tab or a line; double its "
+            if tabs and any("\t" in cell for cell in cells):
+                raise ValueError(f"{where}: a cell that begins with a quote goes on over a tab; double its "
                                  "quotes and put it in quotes, or use .jsonl")
             if len(cells) != len(header):
                 raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)}")
             yield where, dict(zip(header, cells))
     except csv.Error as error:
-        why = "(a cell may be quoted, \"...\", with quotes inside doubled)"
-        if "new-line character" in str(error):
-            error, why = "a carriage return alone", "does not end a line; expected LF or CR LF"
-        raise ValueError(f"{path}, line {reader.line_num}: {error} {why}") from None
+        quoting = "(a cell may be quoted, \"...\", with quotes inside doubled)"
+        why = f"{error}" + f" in line {reader.line_num}" * (reader.line_num > line) + f" {quoting}"
+        if "new-line character" in why:
+            why = "a carriage return alone does not end a line; expected LF or CR LF"
+        if "unexpected end" in why:
+            why = f"a quote of the row that begins here is never closed {quoting}"
+        raise ValueError(f"{path}, line {line}: {why}") from None
 
 
 def refuse_typos(source, counts):

@@ -5,11 +5,13 @@ import csv
 import json
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import conftest
 import train
 from conftest import real_data
-from data import load_task, read_task, tiny
+from data import load_task, read_task, readers, tiny
 from data.corpora import CORPORA, corpus_sources
 from model import load_pretrained
 
@@ -122,6 +124,43 @@ def test_the_folder_may_be_the_publishers_own(superglue, minilm):
     assert {name: len(split) for name, split in above.splits.items()} == {"train": 225, "val": 25, "test": 56}
 
 
+PANDAS_TEXTS = [  # None: pandas' read_csv finds no text there
+    ("Good.", "Good."), ("Two\nlines,\r\nthen a third.", ...), ('It said "cheap".', ...), ('"', ...),
+    ("", None), ("\n", None), ("NA", None), ("null", None), ("None", None), ("nan", None), ("N/A", None),
+    ("n/a", None), ("<NA>", None), ("na", ...), ("NONE", ...), ("Null", ...), ("NA.", ...), ("  NA", ...),
+    ("  Spaces stay.  ", ...), ("Bad.", ...)]
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_boss_as_pandas_writes_and_reads_it(tmp_path, index, random_folder, capsys):
+    """to_csv(sep="\\t"): line breaks inside quotes, maybe row numbers; rows without text are skipped."""
+    for file in CORPORA["amazon"].files.values():
+        path = tmp_path / "boss" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as out:
+            write = csv.writer(out, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_MINIMAL).writerow
+            write([""] * index + ["Text", "Label"])
+            for number, (text, _) in enumerate(PANDAS_TEXTS * 3):
+                write([number] * index + [text, number % 3])
+    kept = [(text if expected is ... else expected, str(number % 3))
+            for number, (text, expected) in enumerate(PANDAS_TEXTS * 3) if expected is not None]
+    task = read_task("amazon", tmp_path)
+    rows = [row for row in corpus_sources("amazon", tmp_path)["train"]() if row[1] is not None]
+    assert [(text, label) for _, text, _, label in rows] == kept and len(kept) == 33
+    assert [row[0].split(", line ")[1] for row in rows[:3]] == ["2", "3", "6"]  # where a row begins
+    assert {split: len(indices) for split, indices in task.indices.items()} == {
+        "train": 30, "val": 3, "test": 33, "dynasent": 33, "semeval": 33, "sst5": 33}
+    words = Tokenizer(WordLevel({"?": 0, **{text: i for i, (text, _) in enumerate(kept, 1)}}, unk_token="?"))
+    split = load_task(task, words).splits["val"]  # a text is a word here
+    assert split.ids.tolist() == [words.token_to_id(text) for text, _ in kept[-3:]]
+    assert split.labels.tolist() == [int(label) for _, label in kept[-3:]]
+    assert train.main(["--data", "amazon", "--data-dir", str(tmp_path), "--model", str(random_folder),
+                       "--method", "lp", "--out", str(tmp_path / "run")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "without text" in line]
+    counts = "train 27, test 27, dynasent 27, semeval 27, sst5 27"
+    assert said == [f"  skipped           rows without text: {counts}"]
+
+
 def test_missing_files_say_where_they_were_looked_for_and_how_to_get_them(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         load_task("wic", tiny.make_tokenizer(), data_dir=tmp_path)
@@ -170,6 +209,8 @@ def spoiled_lines(name):
             ("3", "-1", "0.0", "yes", "True", "one", "1 0")]
     if name in ("amazon", "own.tsv"):
         bad = [text for text in bad if text]  # a blank line is skipped
+        if name == "amazon":  # and a row without text
+            bad = [text for text in bad if text.split("\t")[0].strip() or text.count("\t") != 1]
         bad += ['"open\t1', '"a" b\t1', '"\t1', '"a"\t"1']
     return bad
 
@@ -187,7 +228,7 @@ def test_every_malformed_line_ends_in_one_line_and_status_2(name, random_folder,
         folder = tmp_path / str(i)
         write_corpus(folder, name, [good] * 12)
         path = folder / CORPORA[name].group / CORPORA[name].files["train"]
-        line = 13 + (name in HEADERS) + spoiled.count(b"\n") - 1
+        line = 13 + (name in HEADERS) + (spoiled.count(b"\n") - 1 if name == "pubmed20k" else 0)
         path.write_bytes(path.read_bytes() + spoiled + (good.encode() + b"\n") * (b'"' not in spoiled))
         check_refusal(["--data", name, "--data-dir", str(folder)], path, random_folder, tmp_path, capsys, spoiled,
                       line)
@@ -212,7 +253,7 @@ def test_every_malformed_line_of_your_own_files_ends_in_one_line_and_status_2(na
         path = tmp_path / str(i) / name.replace("own", "train")
         path.parent.mkdir()
         path.write_bytes(OWN[name].encode() + spoiled)
-        line = OWN[name].count("\n") + spoiled.count(b"\n")
+        line = OWN[name].count("\n") + 1  # where the row begins
         check_refusal(["--data", str(path.parent)], path, random_folder, tmp_path, capsys, spoiled, line)
 
 
@@ -230,8 +271,13 @@ WHOLE_FILES = [  # no row at all, a header that is not one, a single class, labe
     ("train.csv", "text,label\na,x\nb,y\n", 3),  # too few for a tenth
     ("train.jsonl", "", 1), ("train.jsonl", " \n", 1),
     ("train.csv", "text,label\n" + "a,x\n" * 30 + "b,y\n" * 30, 61),  # validation would be one class
-    ("train.tsv", 'text\tlabel\n"good\tx\nbad"\ty\n', 3),  # the quotes belong to the text
-    ("train.tsv", 'text\tlabel\n"a"\tx\n"good\tx"\ty\n', 3), ("train.csv", "text,label\ra,x\rb,y\r", 1),
+    ("train.tsv", 'text\tlabel\n"good\tx\nbad"\ty\n', 2),  # the quotes belong to the text
+    ("train.tsv", 'text\tlabel\n"a"\tx\n"good\tx"\ty\n', 3),
+    ("train.tsv", 'text\tlabel\n"two\nlines"\tx\n"good\tx\nfine\ty\nbad\tx\n', 4),  # never closed
+    ("train.csv", 'text,label\n"two\n\nlines",x\n"good,x\nfine,y\n', 5),
+    ("train.tsv", 'text\tlabel\n"good\tx\nfine\ty\na "bad" one\tx\n', 2),  # closed in line 4, by accident
+    ("train.tsv", 'text\tlabel\n"two\nlines"\tx\tx\n', 2), ("train.tsv", '"te\nxt"\tlabel\na\tx\n', 1),
+    ("train.csv", "text,label\ra,x\rb,y\r", 1),
     ("train.jsonl", '{"text": "a", "Text": "b", "label": 0}\n', 1),
     ("train.jsonl", '{"te\\nxt": "a", "label": 0}\n', 1), ("train.jsonl", '{"text": "a", "label": "x\\ty"}\n', 1),
     ("test.csv", "text_a,text_b,label\na,b,x\n", 2), ("test.csv", "text,label\na,z\n", 2), ("test.csv", "text,label\n", 1),
@@ -273,6 +319,30 @@ def check_refusal(arguments, path, random_folder, tmp_path, capsys, spoiled, lin
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and f"{path}, line {line}:" in error, (spoiled, error)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cell_in_quotes_may_go_on_over_several_lines(tmp_path):
+    """In a .tsv as in a .csv; a tab inside is refused: more likely it means a quote that nobody closed."""
+    for suffix, mark in (("tsv", "\t"), ("csv", ",")):
+        path = tmp_path / f"train.{suffix}"
+        path.write_bytes(f'text{mark}label\n"one\ntwo ""2""\r\n"{mark}x\n\nnext{mark}"y"\n'.encode())
+        assert list(readers.read_rows(path)) == [(f"{path}, line 2", 'one\ntwo "2"\r\n', None, "x"),
+                                                 (f"{path}, line 6", "next", None, "y")]
+    path.with_suffix(".tsv").write_text('text\tlabel\n"good\tx\nbad"\ty\nfine\tx\n')
+    with pytest.raises(ValueError, match="line 2: a cell that begins with a quote goes on over a tab"):
+        list(readers.read_rows(path.with_suffix(".tsv")))
+
+
+@pytest.mark.parametrize("rows, said", [
+    ('"good\tx\nbad\ty\n' + "more\tx\n" * 1000, "a quote of the row that begins here is never closed (a cell may be "),
+    ('"good\tx\nbad\ty\na "fine" one\tx\n', """'\t' expected after '"' in line 5 (a cell may be quoted"""),
+    ('"good" one\tx\n', """'\t' expected after '"' (a cell may be quoted""")])
+def test_a_stray_quote_is_named_by_the_line_of_its_row(tmp_path, rows, said):
+    """Not by the end of the file, or the line of another quote, to which it may go on."""
+    (tmp_path / "train.tsv").write_text("text\tlabel\nfine\tx\n" + rows)
+    with pytest.raises(ValueError) as refused:
+        read_task(tmp_path)
+    assert str(refused.value).startswith(f"{tmp_path / 'train.tsv'}, line 3: {said}")
 
 
 def test_headers_in_any_case_and_order(tmp_path):

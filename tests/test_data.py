@@ -212,7 +212,7 @@ BAD_FILES = [
     ("train.csv", b"text,label\nfine,0\ngood,1,2\n", "line 3: 3 columns"),
     ("train.csv", b"text,label\nfine,0\n,1\n", "line 3: no text"),
     ("train.csv", b"text,label\nfine,0\ngood,\n", "line 3: label is ''"),
-    ("train.csv", b'text,label\nfine,0\n"good,1\n', "line 3: unexpected end"),
+    ("train.csv", b'text,label\nfine,0\n"good,1\n', "line 3: a quote .* is never closed"),
     ("train.csv", b"review,label\nfine,0\n", "line 1: .* is: review, label; expected text"),
     ("train.csv", b"text,class\nfine,0\n", "line 1: .* is: text, class; expected text, .* and label"),
     ("train.csv", b"", "line 1: no rows"),

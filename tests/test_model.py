@@ -68,7 +68,7 @@ def real_sentences():
     for name, count in (("mrpc", 250), ("cola", 150), ("sst2", 100), ("amazon", 100), ("boolq", 100), ("wic", 100)):
         if place := find_data(name):
             rows += islice(corpus_sources(name, place)["train"](), count)
-    return [text_b or text_a for _, text_a, text_b, _ in rows]
+    return [text_b or text_a for _, text_a, text_b, _ in rows if text_a is not None]
 
 
 def odd_sentences(count=200):
