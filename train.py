@@ -37,7 +37,7 @@ from tqdm import tqdm
 import ntk
 import pretrain
 from checkpoint import read_json
-from data import evaluation_batches, load_task, read_task, tiny
+from data import count_unknown, evaluation_batches, load_task, read_task, tiny
 from data.corpora import CORPORA
 from export import export_classifier, save_classifier
 from linear_probe import LinearProbe
@@ -373,10 +373,10 @@ def refuse_what_does_not_fit(args, task, tokenizer, config):
     if args.max_length > config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for {config.max_length} tokens "
                          "at most")
-    unknown = float((task.splits["train"].ids == tokenizer.token_to_id("[UNK]")).mean())
-    if args.model == "tiny" and unknown > 0.2:
-        raise ValueError(f"--data {args.data}: {100 * unknown:.0f} % of its tokens are words that --model "
-                         "tiny does not know; give --model a folder with a pre-trained checkpoint")
+    unknown, tokens = count_unknown(tokenizer, task.splits["train"], task.pairs)
+    if args.model == "tiny" and unknown > 0.2 * tokens:
+        raise ValueError(f"--data {args.data}: {100 * unknown / tokens:.0f} % of its tokens are words that "
+                         "--model tiny does not know; give --model a folder with a pre-trained checkpoint")
     types = max(int(split.types.max()) for split in task.splits.values())
     if 0 < config.type_vocab_size <= types:
         raise ValueError(f"--model {args.model}: has {config.type_vocab_size} token type, but its tokenizer "

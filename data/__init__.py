@@ -242,6 +242,13 @@ def pick(source, wanted, index):
             following = next(wanted, None)
 
 
+def count_unknown(tokenizer, split, pairs):
+    """(tokens of a Split that stand for words which the tokenizer does not know, all but the special ones)."""
+    unknown = getattr(tokenizer.model, "unk_token", None)  # such as [UNK]; None where it knows every word
+    special = len(split) * tokenizer.num_special_tokens_to_add(pairs)
+    return int((split.ids == tokenizer.token_to_id(unknown or "")).sum()), len(split.ids) - special
+
+
 def encode(tokenizer, rows, max_length):
     """Tokenize an iterable of (text_a, text_b or None, class index); pairs are cut longest first."""
     tokenizer.no_padding()

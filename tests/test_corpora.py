@@ -334,7 +334,7 @@ def test_a_cell_in_quotes_may_go_on_over_several_lines(tmp_path):
 
 
 @pytest.mark.parametrize("rows, said", [
-    ('"good\tx\nbad\ty\n' + "more\tx\n" * 1000, "a quote of the row that begins here is never closed (a cell may be "),
+    ('"good\tx\nbad\ty\n' + "more\tx\n" * 1000, "a quote of the row that begins here is never closed"),
     ('"good\tx\nbad\ty\na "fine" one\tx\n', """'\t' expected after '"' in line 5 (a cell may be quoted"""),
     ('"good" one\tx\n', """'\t' expected after '"' (a cell may be quoted""")])
 def test_a_stray_quote_is_named_by_the_line_of_its_row(tmp_path, rows, said):
