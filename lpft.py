@@ -278,15 +278,28 @@ class Progress:
 # ---------------------------------------------------------------------------- calibration
 
 
+def why_no_temperature(logits, labels):
+    """Why no temperature T > 0 minimises the mean cross-entropy of logits / T, or None if one does.
+
+    The loss is convex in 1 / T. Its slope by 1 / T begins, at 0, with the mean over samples of (mean logit -
+    logit of the label) and tends to that of (largest logit - logit of the label): for a minimum the first has
+    to be below 0, the second above. logits (N, C), labels (N,).
+    """
+    logits = logits.detach().cpu().double()  # (N, C)
+    of_label = logits.gather(1, labels.cpu().unsqueeze(1)).squeeze(1)  # (N,)
+    if (of_label - logits.mean(1)).mean() <= 1e-12 * logits.abs().mean():  # 0, up to rounding
+        return ("validation is no better than chance, a label's logit on average no larger than the others, "
+                "so the loss falls all the way to T = infinity")
+    if (of_label == logits.amax(1)).all():
+        return "every validation sample is right, so the loss falls all the way to T = 0"
+
+
 def fit_temperature(logits, labels):
     """The temperature T > 0 that minimises the mean cross-entropy of logits / T (paper Sec. 4.6).
 
     logits (N, C), labels (N,). Dividing by T is dividing V and b by T: no prediction changes. The
     search is over log T with a strong-Wolfe line search, and ends where the slope d loss / d log T is
-    below 1e-6; if the loss there is above that of T = 1, and where all T are equal because the logits of
-    each sample are, T is 1. Where every label has the largest logit, the loss falls all the way to T = 0 and
-    has no minimum, and where the logits are worse than chance it falls all the way to T = infinity; the
-    search then ends at a T at which the loss is flat.
+    below 1e-6; if the loss there is above that of T = 1, and where there is no minimum, T is 1.
 
     ValueError for logits that are infinite or NaN, ArithmeticError if the search did not converge.
     """
@@ -295,7 +308,7 @@ def fit_temperature(logits, labels):
     scale = float((logits - logits.mean(1, keepdim=True)).square().mean().sqrt())
     if not math.isfinite(scale):
         raise ValueError("temperature scaling: the logits hold NaN or infinity")
-    if scale == 0:
+    if why_no_temperature(logits, labels):
         return 1.0
     unit = logits / scale
     log_t = torch.zeros((), dtype=torch.double, requires_grad=True)

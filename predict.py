@@ -81,6 +81,8 @@ def run(args):
     model.to(choose_device(args.device)[0])
     if settings["data"] in ("wic", "wsc", "pubmed20k"):
         tqdm.write(f"trained on {settings['data']}: give texts as data/corpora.py builds them", file=sys.stderr)
+    if settings["temperature_reason"]:
+        tqdm.write(f"predict.py: T is 1, not fitted: {settings['temperature_reason']}", file=sys.stderr)
     if sys.stdout is None or args.file is None and sys.stdin is None:
         raise ValueError("standard input or output is closed")
     if args.file is not None and (args.file.is_dir() or not args.file.exists()):

@@ -31,7 +31,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import tokenizers
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import ntk
@@ -42,7 +41,8 @@ from data.corpora import CORPORA
 from export import export_classifier, save_classifier
 from linear_probe import LinearProbe
 from lpft import (METRICS, NotFinite, accuracy, calibration_error, device_of, feature_statistics, fine_tune,
-                  fit_linear_probe, fit_temperature, logits_of, mixed_precision, predict, set_head, to_device)
+                  fit_linear_probe, fit_temperature, logits_of, mixed_precision, predict, set_head, to_device,
+                  why_no_temperature)
 from model import Classifier, add_lora, count_parameters, load_pretrained
 from resume import UNFINISHED, StateFile, claim_folders, memory_advice, release_folders, status_of, write_whole
 
@@ -340,7 +340,8 @@ def load_train_measure(args, device, why, state):
     result |= {"head_norm_initial": float(first_head.norm()),
                "head_diff": float((model.head.weight.detach() - first_head).norm()), "trainable_parameters": trainable,
                "total_parameters": total, "seconds": round(state.seconds(), 2)}
-    save_classifier(args.out, model, tokenizer, task, result["temperature"], args.max_length, args.data)
+    save_classifier(args.out, model, tokenizer, task, result["temperature"], args.max_length, args.data,
+                    result["temperature_reason"])
     if args.export:
         export_classifier(args.export, model, tokenizer, task, result["temperature"], args.max_length, folder)
     write_json(args.out / "result.json", result)  # last: a folder that has it is finished
@@ -513,7 +514,8 @@ def fine_tune_stage(args, model, tokenizer, task, state):
     except NotFinite as error:
         if not error.kept_epoch:
             raise
-        save_classifier(args.out, model, tokenizer, task, 1.0, args.max_length, args.data)
+        save_classifier(args.out, model, tokenizer, task, 1.0, args.max_length, args.data,
+                        "training ended before its last epoch")
         raise ValueError(f"{error}; the weights of epoch {error.kept_epoch}, the best before, are in "
                          f"{args.out}") from None
     kept = max(history[1:], key=lambda record: record[f"val_{task.metric}"])["epoch"]
@@ -534,16 +536,12 @@ def evaluate(model, task, features_0, frozen=False):
     _, logits = outcome("val")
     val_labels = task.splits["val"].labels
     temperature = fit_temperature(logits, val_labels)
-    chance = math.log(len(task.labels))  # the cross-entropy at T = infinity
-    if temperature > 1000 and F.cross_entropy(logits / temperature, val_labels) > chance - 1e-5:
-        print("T is so large because on validation the logits are worse than chance")
-    if accuracy(logits, val_labels) == 1:
-        print("T has no meaning here: every validation sample is right, so the loss falls all the way to T = 0")
     score = METRICS[task.metric]  # accuracy is reported beside any other
     result = {"metric": task.metric, "val_accuracy": accuracy(logits, val_labels),
               f"val_{task.metric}": score(logits, val_labels), "accuracy": {}, task.metric: {},
               "head_norm": float(model.head.weight.detach().norm()), "features": {}, "features_pretrained": {},
-              "temperature": temperature, "calibration": {}}
+              "temperature": temperature, "temperature_reason": why_no_temperature(logits, val_labels),
+              "calibration": {}}
     for name in task.test_names:
         labels = task.splits[name].labels
         features, logits = outcome(name)
@@ -586,8 +584,10 @@ def print_table(args, result):
         print(f"{name[:11]:12s}" + "".join(f"{x:9.3f}" if x < 1e4 else f"{x:9.1e}" for x in numbers))
     if not result["accuracy"]:
         print("no test split: only validation accuracy is known")
-    print(f"\nECE/T, MCE/T: after dividing logits by T = {result['temperature']:.4g}, fitted on "
-          f"validation. Features: against the pre-trained encoder.\n"
+    with_t = f"after dividing logits by T = {result['temperature']:.4g}, fitted on validation"
+    if result["temperature_reason"]:
+        with_t = f"with T = 1, not fitted: {result['temperature_reason']}"
+    print(f"\nECE/T, MCE/T: {with_t}. Features: against the pre-trained encoder.\n"
           f"Head norm {result['head_norm_initial']:.3f} -> {result['head_norm']:.3f}.  "
           f"Everything is in {args.out}" + f", for other tools in {args.export}" * bool(args.export) + ".\n")
     name = args.method + "-lora" * args.lora

@@ -243,7 +243,7 @@ def pick(source, wanted, index):
 
 
 def count_unknown(tokenizer, split, pairs):
-    """(tokens of a Split that stand for words which the tokenizer does not know, all but the special ones)."""
+    """(tokens of a Split that stand for words which the tokenizer does not know, all but special ones)."""
     unknown = getattr(tokenizer.model, "unk_token", None)  # such as [UNK]; None where it knows every word
     special = len(split) * tokenizer.num_special_tokens_to_add(pairs)
     return int((split.ids == tokenizer.token_to_id(unknown or "")).sum()), len(split.ids) - special

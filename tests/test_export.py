@@ -139,6 +139,16 @@ def test_words_that_the_tokenizer_does_not_know_are_reported_once(run, lines, sa
     assert warnings == [expected] * (said is not None)
 
 
+def test_a_run_from_before_reasons_were_saved_is_read(run, tmp_path, monkeypatch, capsys):
+    for path in run[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content = json.loads((tmp_path / "classifier.json").read_text())
+    del content["temperature_reason"]
+    (tmp_path / "classifier.json").write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "stdin", Stdin(b"good\n"))
+    assert predict.main([str(tmp_path)]) == 0 and "T is 1" not in capsys.readouterr().err
+
+
 def test_a_tokenizer_of_bytes_knows_every_word():
     """RoBERTa's; WordPiece, BERT's, has a token for the rest."""
     split = encode(tiny.make_tokenizer(), [("good quantum", "nothing good", 0)], 128)

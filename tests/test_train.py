@@ -1,5 +1,7 @@
 """The command: what it prints, what it leaves behind, what it refuses. On a random tiny encoder."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -14,9 +16,10 @@ import torch
 import linear_probe
 import lpft
 import ntk
+import predict as predict_command
 import train
 from checkpoint import read_safetensors
-from data import load_task, tiny
+from data import encode, load_task, tiny
 from data.corpora import CORPORA
 from export import load_classifier
 from lpft import accuracy, feature_statistics, predict
@@ -91,21 +94,6 @@ def test_head_norm_and_change_and_the_pretrained_row(random_folder, tmp_path):
     assert lpft["features_pretrained"]["test"]["diff"] == 0
 
 
-@pytest.mark.parametrize("right", [False, True])
-def test_a_temperature_without_bound_is_explained(right, random_folder, monkeypatch, capsys):
-    """Logits that favour every class but the right one; beside them, good ones of a head that is scaled up."""
-    encoder, tokenizer = load_pretrained(random_folder)
-    task = load_task("tiny", tokenizer, max_train=60, max_test=0)
-    labels = task.splits["val"].labels
-    logits = torch.nn.functional.one_hot(labels, 3).float()
-    logits[::4] = logits[::4].roll(1, 1)  # some are wrong, or T would be 0
-    monkeypatch.setattr(train, "predict", lambda *a, **k: (None, 1e4 * logits if right else -logits))
-    temperature = train.evaluate(Classifier(encoder, 3), task, {})["temperature"]
-    assert temperature > 1000
-    out = capsys.readouterr().out
-    assert ("worse than chance" in out) == (not right) and "T has no meaning" not in out
-
-
 @pytest.mark.parametrize("device, of_its_own, precision", [
     ("cuda", True, "bfloat16 autocast"), ("cuda", False, "float32"), ("cpu", True, "float32")])
 def test_bfloat16_is_for_cards_that_have_it_and_is_announced(device, of_its_own, precision, monkeypatch):
@@ -132,13 +120,55 @@ def test_threads_that_wait_give_way_in_every_command_that_computes(command):
     assert "GOMP_SPINCOUNT = '1000'" in said
 
 
-def test_a_temperature_fitted_where_all_is_right_is_said_to_mean_nothing(random_folder, monkeypatch, capsys):
-    encoder, tokenizer = load_pretrained(random_folder)
-    task = load_task("tiny", tokenizer, max_train=60, max_test=0)
-    logits = torch.nn.functional.one_hot(task.splits["val"].labels, 3).float()
-    monkeypatch.setattr(train, "predict", lambda *a, **k: (None, logits))
-    assert train.evaluate(Classifier(encoder, 3), task, {})["temperature"] < 0.1
-    assert "T has no meaning here: every validation sample is right" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def all_right(random_folder, tmp_path_factory):
+    """(folder, what was printed) of a run whose validation samples are all right; test samples are not."""
+    folder = tmp_path_factory.mktemp("all-right")
+    rows = [("the screen was good .", "yes"), ("the screen was bad .", "no")]
+    odd = [("the soup was good .", "no"), ("the screen was fine .", "yes"), ("the lift was bad .", "yes")]
+    for name, some in (("train", rows * 20), ("val", rows * 5), ("test", rows * 5 + odd)):
+        (folder / f"{name}.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in [("text", "label"), *some]))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert train.main(["--method", "lp", "--model", str(random_folder), "--data", str(folder),
+                           "--lp-inverse-l2", "10", "--out", str(folder / "run")]) == 0
+    return folder / "run", out.getvalue()
+
+
+def test_where_all_of_validation_is_right_t_is_one_and_the_table_says_why(all_right):
+    """The loss falls all the way to T = 0, at which predictions would be certain."""
+    folder, printed = all_right
+    result = json.loads((folder / "result.json").read_text())
+    reason = "every validation sample is right, so the loss falls all the way to T = 0"
+    assert result["val_accuracy"] == result["temperature"] == 1 and result["temperature_reason"] == reason
+    of_test = result["calibration"]["test"]
+    assert of_test["ece_scaled"] == of_test["ece"] > 0 and of_test["mce_scaled"] == of_test["mce"]
+    assert f"ECE/T, MCE/T: with T = 1, not fitted: {reason}. Features:" in printed
+    assert "fitted on validation" not in printed
+    assert " temperature=1.0000 " in printed.splitlines()[-1]
+
+
+def test_predictions_of_such_a_run_are_those_without_t(all_right, tmp_path, capsys):
+    """And one line on standard error says so."""
+    folder, _ = all_right
+    texts = ["the screen was good .", "the soup was bad .", "the lift was good ."]
+    (tmp_path / "texts").write_text("\n".join(texts))
+    assert predict_command.main([str(folder), str(tmp_path / "texts")]) == 0
+    out, error = capsys.readouterr()
+    model, tokenizer, _ = load_classifier(folder)
+    expected = predict(model, encode(tokenizer, [(text, None, 0) for text in texts], 128))[1].softmax(1)
+    found = [[float(cell) for cell in line.split("\t")[1:]] for line in out.splitlines()[1:]]
+    assert np.allclose(found, expected, atol=1e-6)
+    said = [line for line in error.splitlines() if "every validation sample is right" in line]
+    assert len(said) == 1 and said[0].startswith("predict.py: T is 1, not fitted: ")
+
+
+def test_a_fitted_temperature_has_no_reason(random_folder, tmp_path, capsys):
+    assert train.main(command("lp", "--model", str(random_folder), "--out", str(tmp_path / "run"))) == 0
+    assert ", fitted on validation. Features:" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["temperature_reason"] is None
+    (tmp_path / "texts").write_text("good\n")
+    assert predict_command.main([str(tmp_path / "run"), str(tmp_path / "texts")]) == 0
+    assert "T is 1" not in capsys.readouterr().err
 
 
 def test_cola_is_selected_and_reported_by_matthews_correlation(random_folder, tmp_path, capsys):
