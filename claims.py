@@ -62,6 +62,12 @@ class Runs:
             raise NotMeasured(f"no {'.'.join(keys)} in {run}")
         return found
 
+    def needs_temperature(self, name):
+        """NotMeasured where T of the run is 1 because none could be fitted."""
+        run = f"{name}-seed{self.seed}"
+        if reason := self.results.get(run, {}).get("temperature_reason"):
+            raise NotMeasured(f"T of {run} is 1: {reason}")
+
     def mean(self, name, group, splits, *keys):
         """The mean over splits of the numbers under (group, split, *keys)."""
         if not splits:
@@ -213,6 +219,7 @@ def scale_parts(places, scales):
 
 def calibration_parts(places):
     def gain(of, name, splits):  # what temperature scaling takes off the ECE
+        of.needs_temperature(name)
         return of.mean(name, "calibration", splits, "ece") - of.mean(name, "calibration", splits, "ece_scaled")
 
     def gain_difference(other, splits):

@@ -29,14 +29,17 @@ def lora_settings(encoder):
     return r, module.scaling * r
 
 
-def save_classifier(folder, model, tokenizer, task, temperature, max_length, data):
-    """Write all that load_classifier needs; LoRA matrices stay apart from the weights they adapt."""
+def save_classifier(folder, model, tokenizer, task, temperature, max_length, data, temperature_reason=None):
+    """Write all that load_classifier needs; LoRA matrices stay apart from the weights they adapt.
+
+    temperature_reason: why the temperature is 1, if it was not fitted.
+    """
     write_safetensors(folder / "model.safetensors", model.state_dict())
     tokenizer.no_truncation()
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     content = {"data": data, "pairs": task.pairs, "labels": task.labels, "temperature": temperature,
-               "max_length": max_length, "lora": lora_settings(model.encoder),
-               "encoder": asdict(model.encoder.config)}
+               "temperature_reason": temperature_reason, "max_length": max_length,
+               "lora": lora_settings(model.encoder), "encoder": asdict(model.encoder.config)}
     write_text(folder / "classifier.json", json.dumps(content, indent=2) + "\n")
 
 
@@ -60,6 +63,7 @@ def load_classifier(folder):
         if not (0 < content["temperature"] < math.inf and 1 < content["max_length"] <= config.max_length):
             raise ValueError("temperature or max_length is out of range")
         content["pairs"], content["data"]  # KeyError where they are missing
+        content.setdefault("temperature_reason", None)  # earlier runs have none
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise ValueError(f"{path}: not what train.py writes ({type(error).__name__}: {reason})") from None

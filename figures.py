@@ -172,7 +172,7 @@ def head_scales(out, results, seeds):
 
 
 def load_runs(out, results, seed):
-    """{method: (features, logits, temperature, head rows)} on the test split, its labels and class names."""
+    """{method: (features, logits, T or None, head rows)} on the test split, its labels and class names."""
     found, task = {}, None
     for name in METHODS:
         model, tokenizer, settings = load_classifier(out / "runs" / f"{name}-seed{seed}")
@@ -181,7 +181,8 @@ def load_runs(out, results, seed):
             task = load_task(config["data"], tokenizer, config["max_length"], config.get("data_dir"),
                              max_test=config.get("max_test"))
             split = task.splits[task.test_names[0]]
-        found[name] = (*predict(model, split), settings["temperature"], model.head.weight.detach())
+        temperature = None if settings["temperature_reason"] else settings["temperature"]
+        found[name] = (*predict(model, split), temperature, model.head.weight.detach())
     return found, split.labels, task.labels
 
 
@@ -219,7 +220,7 @@ def reliability(out, results, seeds, runs):
     figure, axes = panels(len(METHODS))
     for axis, (name, (_, logits, temperature, _)) in zip(axes, found.items()):
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=1)
-        for scale, marker in ((1.0, "o"), (temperature, "^")):
+        for scale, marker in [(1.0, "o")] + [(temperature, "^")] * bool(temperature):
             confidence, prediction = (logits.double() / scale).softmax(1).max(1)
             right, bins = (prediction == labels).double().numpy(), np.ceil(confidence.numpy() * 15)
             points = np.array([(confidence.numpy()[bins == b].mean(), right[bins == b].mean(), (bins == b).mean())
@@ -227,7 +228,8 @@ def reliability(out, results, seeds, runs):
             colour = COLOURS[name] if scale == 1.0 else "#222222"
             axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=1)
             axis.scatter(points[:, 0], points[:, 1], 8 + 150 * points[:, 2], marker=marker, color=colour, clip_on=False)
-        axis.set(title=f"{name}, T = {temperature:.3g}", xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02),
+        title = f"{name}, T = {temperature:.3g}" if temperature else f"{name}, T not fitted"
+        axis.set(title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02),
                  ylim=(0, 1.02))
     marks = [plt.Line2D([], [], color=colour, marker=marker, label=label) for colour, marker, label in (
         ("#999999", "o", "as trained, in the method's colour"), ("#222222", "^", "divided by T"))]

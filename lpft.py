@@ -54,8 +54,9 @@ def padding(device):
 
 
 def mixed_precision(device):
-    """bfloat16 matrix products on CUDA, around float32 weights; plain float32 elsewhere."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """bfloat16 matrix products, around float32 weights, on CUDA cards that have them; else float32."""
+    has_them = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_them)
 
 
 @torch.no_grad()
@@ -68,9 +69,15 @@ def predict(model, split, batch_size=64, desc=None):
         batch, _ = split.batch(indices, padding(device))
         parts.append(model.features(**to_device(batch, device)).float())
     model.train(was_training)
-    features, head = torch.empty(len(split), model.head.in_features), model.head
+    features = torch.empty(len(split), model.head.in_features)
     features[np.concatenate(batches)] = torch.cat(parts).cpu()  # all at once: a GPU is not waited for in between
-    return features, F.linear(features, head.weight.float().cpu(), head.bias.float().cpu())
+    return features, logits_of(model, features)
+
+
+@torch.no_grad()
+def logits_of(model, features):
+    """V phi(x) + b, (N, C), from features (N, h) on the CPU."""
+    return F.linear(features, model.head.weight.float().cpu(), model.head.bias.float().cpu())
 
 
 def accuracy(logits, labels):
@@ -279,15 +286,28 @@ class Progress:
 # ---------------------------------------------------------------------------- calibration
 
 
+def why_no_temperature(logits, labels):
+    """Why no temperature T > 0 minimises the mean cross-entropy of logits / T, or None if one does.
+
+    The loss is convex in 1 / T. Its slope by 1 / T begins, at 0, with the mean over samples of (mean logit -
+    logit of the label) and tends to that of (largest logit - logit of the label): for a minimum the first has
+    to be below 0, the second above. logits (N, C), labels (N,).
+    """
+    logits = logits.detach().cpu().double()  # (N, C)
+    of_label = logits.gather(1, labels.cpu().unsqueeze(1)).squeeze(1)  # (N,)
+    if (of_label - logits.mean(1)).mean() <= 1e-12 * logits.abs().mean():  # 0, up to rounding
+        return ("validation is no better than chance, a label's logit on average no larger than the others, "
+                "so the loss falls all the way to T = infinity")
+    if (of_label == logits.amax(1)).all():
+        return "every validation sample is right, so the loss falls all the way to T = 0"
+
+
 def fit_temperature(logits, labels):
     """The temperature T > 0 that minimises the mean cross-entropy of logits / T (paper Sec. 4.6).
 
     logits (N, C), labels (N,). Dividing by T is dividing V and b by T: no prediction changes. The
     search is over log T with a strong-Wolfe line search, and ends where the slope d loss / d log T is
-    below 1e-6; if the loss there is above that of T = 1, and where all T are equal because the logits of
-    each sample are, T is 1. Where every label has the largest logit, the loss falls all the way to T = 0 and
-    has no minimum, and where the logits are worse than chance it falls all the way to T = infinity; the
-    search then ends at a T at which the loss is flat.
+    below 1e-6; if the loss there is above that of T = 1, and where there is no minimum, T is 1.
 
     ValueError for logits that are infinite or NaN, ArithmeticError if the search did not converge.
     """
@@ -296,7 +316,7 @@ def fit_temperature(logits, labels):
     scale = float((logits - logits.mean(1, keepdim=True)).square().mean().sqrt())
     if not math.isfinite(scale):
         raise ValueError("temperature scaling: the logits hold NaN or infinity")
-    if scale == 0:
+    if why_no_temperature(logits, labels):
         return 1.0
     unit = logits / scale
     log_t = torch.zeros((), dtype=torch.double, requires_grad=True)

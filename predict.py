@@ -22,7 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
 import torch
 from tqdm import tqdm
 
-from data import encode
+from data import count_unknown, encode
 from data.readers import decode_lines
 from export import load_classifier
 from lpft import predict
@@ -33,8 +33,8 @@ CHUNK = 10_000  # lines; sorted by length within, so that batches hold little pa
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Classify lines of text with a finished run of train.py.",
-                                     epilog="Example: echo 'the film was good .' | python predict.py RUN_DIR",
-                                     allow_abbrev=False)
+                                     epilog="Example: echo 'the screen was good .' | "
+                                            "python predict.py RUN_DIR", allow_abbrev=False)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's folder, as train.py printed it")
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE",
                         help="UTF-8, one sample a line; the two texts of a pair with a tab between (default: "
@@ -81,6 +81,8 @@ def run(args):
     model.to(choose_device(args.device)[0])
     if settings["data"] in ("wic", "wsc", "pubmed20k"):
         tqdm.write(f"trained on {settings['data']}: give texts as data/corpora.py builds them", file=sys.stderr)
+    if settings["temperature_reason"]:
+        tqdm.write(f"predict.py: T is 1, not fitted: {settings['temperature_reason']}", file=sys.stderr)
     if sys.stdout is None or args.file is None and sys.stdin is None:
         raise ValueError("standard input or output is closed")
     if args.file is not None and (args.file.is_dir() or not args.file.exists()):
@@ -90,7 +92,7 @@ def run(args):
     labels = settings["labels"]
     if args.format == "tsv":
         print("\t".join(["label", *labels]))
-    failed = None
+    failed, unknown, tokens = None, 0, 0
     with tqdm(desc="predicting", unit="line", unit_scale=True) as bar:
         while failed is None:
             chunk = []
@@ -106,6 +108,12 @@ def run(args):
             write_predictions(sys.stdout, labels, probabilities, args.format)
             sys.stdout.flush()
             bar.update(len(chunk))
+            counts = count_unknown(tokenizer, split, settings["pairs"])
+            unknown, tokens = unknown + counts[0], tokens + counts[1]
+    if unknown:
+        share, token = f"{100 * unknown / tokens:.3g} % of the tokens", tokenizer.model.unk_token
+        print(f"predict.py: warning: {share} are {token}, words that the tokenizer of this run does not know",
+              file=sys.stderr)
     if failed is not None:
         raise failed
 

@@ -160,6 +160,9 @@ def fill_table(rows, results, seeds):
             if None not in found.values():
                 key = ".".join(" - ".join(key) if isinstance(key, tuple) else key for key in path)
                 table[row][column] = cell(found, key)
+                unfit = sum(bool(results[run].get("temperature_reason")) for run in found)
+                if unfit and keys == ("temperature",):
+                    table[row][column]["note"] = f", {unfit} not fitted"
     return table
 
 
@@ -249,6 +252,11 @@ def write_report(out):
         intro.append("Not finished: " + "; ".join(f"{name} ({why})" if why else name for name, why in whys)
                      + ". A seed that lacks a run is left out, of every table or of the scaled heads: where training "
                      "fails, what is said here is of the seeds in which it does not.")
+    unfit = {}  # {why T is 1: runs}
+    for run, result in results.items():
+        if result.get("temperature_reason") and "-scale" not in run:
+            unfit.setdefault(str(result["temperature_reason"]), []).append(run)
+    intro += [f"T is 1, not fitted, in {', '.join(runs)}: {why}." for why, runs in unfit.items()]
     intro += [f"Not drawn: {problem}." for problem in problems]
     write_text(out / "report.md", as_markdown(title, intro, judged, filled, figures, commands))
     write_text(out / "report.html", as_html(title, intro, judged, filled, figures, commands, out))

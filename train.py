@@ -31,30 +31,30 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import numpy as np
 import tokenizers
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import ntk
 import pretrain
 from checkpoint import read_json
-from data import evaluation_batches, load_task, read_task, tiny
+from data import count_unknown, evaluation_batches, load_task, read_task, tiny
 from data.corpora import CORPORA
 from export import export_classifier, save_classifier
 from linear_probe import LinearProbe
-from lpft import (METRICS, NotFinite, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
-                  fit_temperature, predict, set_head)
+from lpft import (METRICS, NotFinite, accuracy, calibration_error, device_of, feature_statistics, fine_tune,
+                  fit_linear_probe, fit_temperature, logits_of, mixed_precision, predict, set_head, to_device,
+                  why_no_temperature)
 from model import Classifier, add_lora, count_parameters, load_pretrained
 from resume import UNFINISHED, StateFile, claim_folders, memory_advice, release_folders, status_of, write_whole
 
 STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA)
 # (batch size, learning rate) of the FT stage by task. For tiny and tiny-plain chosen on validation
-# accuracy (README), for the paper's data sets those of the authors for RoBERTa-base, for a folder the
-# most usual of these.
+# accuracy (README), for the paper's data sets those of the authors for RoBERTa-base, for a folder rates usual
+# among these, and one batch size: with another, the same rate would mean more steps or fewer.
 RECIPES = {
     # task      FT           LoRA         LP-FT        LP-LoRA
     "tiny": ((8, 1.5e-3), (8, 5e-3), (8, 1e-3), (8, 1e-2)),
     "tiny-plain": ((4, 2e-4), (4, 1e-2), (4, 1e-4), (4, 5e-3)),
-    "folder": ((16, 5e-5), (16, 1e-3), (8, 1e-5), (8, 5e-4)),
+    "folder": ((8, 5e-5), (8, 1e-3), (8, 1e-5), (8, 5e-4)),
     "boolq": ((32, 1e-5), (32, 5e-4), (8, 1e-5), (8, 5e-4)),
     "cb": ((16, 5e-5), (16, 1e-3), (8, 5e-6), (8, 1e-4)),
     "rte": ((16, 1e-5), (16, 1e-3), (8, 1e-5), (8, 5e-4)),
@@ -118,7 +118,8 @@ def parse_args(argv=None):
                             "N test samples (1 to 250; 250 if no number is given)")
     run_group = parser.add_argument_group("run")
     run_group.add_argument("--seed", type=int, default=0, metavar="S",
-                           help="of the random head, LoRA, dropout and order (default: %(default)s)")
+                           help="of the random head, LoRA, dropout and order; the same numbers come out on "
+                                "one machine, on its CPU, with one number of threads (default: %(default)s)")
     run_group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                            help="auto takes cuda, else mps, else cpu (default: %(default)s)")
     run_group.add_argument("--num-workers", type=int, metavar="N",
@@ -239,8 +240,10 @@ def choose_device(name):
         raise ValueError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; "
                          f"available: {', '.join(kind for kind, there in available.items() if there)}")
     if name == "cuda":
-        why += f", {torch.cuda.get_device_name()}, bfloat16 autocast in the FT stage"
-    return torch.device(name), why
+        why += f", {torch.cuda.get_device_name()}"
+    with mixed_precision(torch.device(name)):
+        precision = "bfloat16 autocast" if torch.is_autocast_enabled(name) else "float32"
+    return torch.device(name), f"{why}, {precision} in the FT stage"
 
 
 # ---------------------------------------------------------------------------- one run
@@ -299,7 +302,7 @@ def load_train_measure(args, device, why, state):
         labels = {name: split.labels for name, split in task.splits.items()}
         ntk_samples = pick_ntk_samples(args.ntk, args.seed, labels, task.labels)
     refuse_other_start(args, task, encoder, state)
-    print_configuration(args, why, task)
+    print_configuration(args, why, task, rows.skipped)
 
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(task.labels)).to(device)
@@ -328,12 +331,13 @@ def load_train_measure(args, device, why, state):
             result["kept_epoch"] = fine_tune_stage(args, model, tokenizer, task, state)
     else:
         model.encoder.requires_grad_(False)
-    result |= evaluate(model, task, features_0)
+    result |= evaluate(model, task, features_0, frozen=args.method == "lp")
     trainable, total = count_parameters(model)
     result |= {"head_norm_initial": float(first_head.norm()),
                "head_diff": float((model.head.weight.detach() - first_head).norm()), "trainable_parameters": trainable,
                "total_parameters": total, "seconds": round(state.seconds(), 2)}
-    save_classifier(args.out, model, tokenizer, task, result["temperature"], args.max_length, args.data)
+    save_classifier(args.out, model, tokenizer, task, result["temperature"], args.max_length, args.data,
+                    result["temperature_reason"])
     if args.export:
         export_classifier(args.export, model, tokenizer, task, result["temperature"], args.max_length, folder)
     write_json(args.out / "result.json", result)  # last: a folder that has it is finished
@@ -366,10 +370,10 @@ def refuse_what_does_not_fit(args, task, tokenizer, config):
     if args.max_length > config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for {config.max_length} tokens "
                          "at most")
-    unknown = float((task.splits["train"].ids == tokenizer.token_to_id("[UNK]")).mean())
-    if args.model == "tiny" and unknown > 0.2:
-        raise ValueError(f"--data {args.data}: {100 * unknown:.0f} % of its tokens are words that --model "
-                         "tiny does not know; give --model a folder with a pre-trained checkpoint")
+    unknown, tokens = count_unknown(tokenizer, task.splits["train"], task.pairs)
+    if args.model == "tiny" and unknown > 0.2 * tokens:
+        raise ValueError(f"--data {args.data}: {100 * unknown / tokens:.0f} % of its tokens are words that "
+                         "--model tiny does not know; give --model a folder with a pre-trained checkpoint")
     types = max(int(split.types.max()) for split in task.splits.values())
     if 0 < config.type_vocab_size <= types:
         raise ValueError(f"--model {args.model}: has {config.type_vocab_size} token type, but its tokenizer "
@@ -392,8 +396,7 @@ def probe(args, model, task, features_0, state):
     found = fit_linear_probe(features_0["train"], labels, len(task.labels), args.lp_inverse_l2,
                              args.lp_scoring)
     set_head(model, found)
-    logits = {name: features_0[name] @ found.weight.float().T + found.bias.float()
-              for name in ("train", "val")}
+    logits = {name: logits_of(model, features_0[name]) for name in ("train", "val")}
     record = {"stage": "lp", "inverse_l2": found.inverse_l2,
               "train_accuracy": accuracy(logits["train"], labels),
               "val_accuracy": accuracy(logits["val"], task.splits["val"].labels),
@@ -404,6 +407,9 @@ def probe(args, model, task, features_0, state):
         chosen = f"by 5-fold {args.lp_scoring}, C = {found.inverse_l2:.4g}"
     print(f"LP    strength {chosen};  train {record['train_accuracy']:.3f}  "
           f"{val_title(task)} {record[f'val_{task.metric}']:.3f}  head norm {record['head_norm']:.3f}")
+    if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:
+        print("LP    learnt its samples by heart: train is far above val; try --lp-scoring log-loss, which "
+              "mostly picks a smaller head")
     write_lines(args.out / "metrics.jsonl", [record])
     state.save(lp={"record": record, "weight": found.weight, "bias": found.bias})
     return record
@@ -447,7 +453,10 @@ def ntk_stage(args, model, task, picked, state):
     found = ntk.NTK(*(kernel[rows][:, :, places[0]] for kernel, rows in (
         (found.pretrain, places[0]), (found.ft, places[0]), (found.test_pretrain, places[1]),
         (found.test_ft, places[1]))))
-    deltas = ntk.initial_deltas(predict(model, train)[1][train_indices], labels)
+    with torch.no_grad():
+        device = device_of(model)
+        logits = torch.cat([model(**to_device(batch, device)).cpu() for batch in batches[0]])  # (N, C)
+    deltas = ntk.initial_deltas(logits[places[0]], labels)
     result = {"train_samples": len(labels), "test_samples": len(test_labels), "test_split": [*picked][1],
               "ft_ratio": ntk.ft_ratio(found, deltas)}
     print(f"\n{'kernel':8s}{'rank':>6s}{'Frobenius':>12s}{'train':>9s}{'test':>8s}"
@@ -500,7 +509,8 @@ def fine_tune_stage(args, model, tokenizer, task, state):
     except NotFinite as error:
         if not error.kept_epoch:
             raise
-        save_classifier(args.out, model, tokenizer, task, 1.0, args.max_length, args.data)
+        save_classifier(args.out, model, tokenizer, task, 1.0, args.max_length, args.data,
+                        "training ended before its last epoch")
         raise ValueError(f"{error}; the weights of epoch {error.kept_epoch}, the best before, are in "
                          f"{args.out}") from None
     kept = max(history[1:], key=lambda record: record[f"val_{task.metric}"])["epoch"]
@@ -508,24 +518,28 @@ def fine_tune_stage(args, model, tokenizer, task, state):
     return kept
 
 
-def evaluate(model, task, features_0):
-    """Accuracy, features, calibration on every test split; the temperature comes from val."""
-    _, logits = predict(model, task.splits["val"])
+def evaluate(model, task, features_0, frozen=False):
+    """Accuracy, features, calibration on every test split; the temperature comes from val.
+
+    `features_0` {split: phi_0}; of a `frozen` encoder these are its features still.
+    """
+    def outcome(name):  # features (N, h), logits (N, C)
+        if frozen and name in features_0:
+            return features_0[name], logits_of(model, features_0[name])
+        return predict(model, task.splits[name], desc=f"testing on {name}")
+
+    _, logits = outcome("val")
     val_labels = task.splits["val"].labels
     temperature = fit_temperature(logits, val_labels)
-    chance = math.log(len(task.labels))  # the cross-entropy at T = infinity
-    if temperature > 1000 and F.cross_entropy(logits / temperature, val_labels) > chance - 1e-5:
-        print("T is so large because on validation the logits are worse than chance")
-    if accuracy(logits, val_labels) == 1:
-        print("T has no meaning here: every validation sample is right, so the loss falls all the way to T = 0")
     score = METRICS[task.metric]  # accuracy is reported beside any other
     result = {"metric": task.metric, "val_accuracy": accuracy(logits, val_labels),
               f"val_{task.metric}": score(logits, val_labels), "accuracy": {}, task.metric: {},
               "head_norm": float(model.head.weight.detach().norm()), "features": {}, "features_pretrained": {},
-              "temperature": temperature, "calibration": {}}
+              "temperature": temperature, "temperature_reason": why_no_temperature(logits, val_labels),
+              "calibration": {}}
     for name in task.test_names:
         labels = task.splits[name].labels
-        features, logits = predict(model, task.splits[name], desc=f"testing on {name}")
+        features, logits = outcome(name)
         result["accuracy"][name] = accuracy(logits, labels)
         result[task.metric][name] = score(logits, labels)
         result["features"][name] = feature_statistics(features, features_0[name], labels)
@@ -540,13 +554,17 @@ def evaluate(model, task, features_0):
 # ---------------------------------------------------------------------------- what is written
 
 
-def print_configuration(args, why, task):
-    shown = configuration(args)
+def print_configuration(args, why, task, skipped):
     print("configuration")
-    for name, value in shown.items():
-        print(f"  --{name.replace('_', '-'):16s}{value}{'   (' + why + ')' if name == 'device' else ''}")
+    for name, value in configuration(args).items():
+        if value is not False:  # a flag like --lora is there or not
+            shown = "" if value is True else f"{value}   ({why})" if name == "device" else value
+            print(f"  --{name.replace('_', '-'):16s}{shown}".rstrip())
     sizes = ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
     print(f"  samples           {sizes}\n  classes           {', '.join(task.labels)}")
+    if skipped:
+        counts = ", ".join(f"{name} {count}" for name, count in skipped.items())
+        print(f"  skipped           rows without text: {counts}")
 
 
 def print_table(args, result):
@@ -561,8 +579,10 @@ def print_table(args, result):
         print(f"{name[:11]:12s}" + "".join(f"{x:9.3f}" if x < 1e4 else f"{x:9.1e}" for x in numbers))
     if not result["accuracy"]:
         print("no test split: only validation accuracy is known")
-    print(f"\nECE/T, MCE/T: after dividing logits by T = {result['temperature']:.4g}, fitted on "
-          f"validation. Features: against the pre-trained encoder.\n"
+    with_t = f"after dividing logits by T = {result['temperature']:.4g}, fitted on validation"
+    if result["temperature_reason"]:
+        with_t = f"with T = 1, not fitted: {result['temperature_reason']}"
+    print(f"\nECE/T, MCE/T: {with_t}. Features: against the pre-trained encoder.\n"
           f"Head norm {result['head_norm_initial']:.3f} -> {result['head_norm']:.3f}.  "
           f"Everything is in {args.out}" + f", for other tools in {args.export}" * bool(args.export) + ".\n")
     name = args.method + "-lora" * args.lora

@@ -10,6 +10,7 @@ Shapes: N samples, L tokens of the longest sample in the batch.
 """
 
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -110,6 +111,7 @@ class Rows:
 
     splits: dict  # {name: (function that yields (where, text_a, text_b or None, label), wanted rows)}
     indices: dict  # {name: class index of each wanted row, (N,)}
+    skipped: dict  # {name of a file: its rows without text}, which only BOSS may have
     labels: dict  # {label in the file: name}, by class index
     metric: str
     pairs: bool
@@ -133,21 +135,29 @@ def read_task(name_or_directory, data_dir=None):
         sources = corpora.corpus_sources(name_or_directory, data_dir or "datasets")
     else:
         sources = readers.folder_sources(Path(name_or_directory))
-        labels = {name: name for name in readers.sort_labels({row[3] for row in sources["train"]()})}
-    _, pairs = read_labels(sources["train"], labels, None)
-    indices = {split: read_labels(source, labels, pairs)[0] for split, source in sources.items()}
+        counts = Counter(label for *_, label in sources["train"]())
+        readers.refuse_typos(sources["train"], counts)
+        labels = {name: name for name in readers.sort_labels(counts)}
+    _, pairs, _ = read_labels(sources["train"], labels, None)
+    read = {split: read_labels(source, labels, pairs) for split, source in sources.items()}
+    indices = {split: found for split, (found, _, _) in read.items()}
+    skipped = {split: count for split, (_, _, count) in read.items() if count}
     splits = {split: (source, np.arange(len(indices[split]))) for split, source in sources.items()}
     if "val" not in splits:
         (source, rows), found = splits["train"], indices["train"]
         kept = len(rows) - len(rows) // 10  # the last tenth, unshuffled
         if len(set(found[kept:])) < 2:
             *_, (where, *_) = source()
-            raise ValueError(f"{where}: the end; there is no val file, and the last tenth of the {len(rows)} rows, "
-                             "to be validation, has fewer than two classes; shuffle the rows or add a val file")
+            only = [*labels.values()][found[-1]]
+            why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more, or "
+                   "a val file" if len(rows) < 20 else
+                   f"all of the last tenth of the {len(rows)} rows, to be validation, is {only}; put the "
+                   "rows in random order (such as with shuf, below the header) or add a val file")
+            raise ValueError(f"{where}: the end; there is no val file, and {why}")
         splits["train"], splits["val"] = (source, rows[:kept]), (source, rows[kept:])
         indices["train"], indices["val"] = found[:kept], found[kept:]
     order = dict.fromkeys(name for name in ("train", "val", "test", *splits) if name in splits)
-    return Rows({name: splits[name] for name in order}, indices, labels, metric, pairs,
+    return Rows({name: splits[name] for name in order}, indices, skipped, labels, metric, pairs,
                 str(name_or_directory))
 
 
@@ -159,9 +169,15 @@ def tiny_rows(samples):
 
 
 def read_labels(source, labels, pairs):
-    """(class index of each row, whether it is pairs); `pairs`, if not None, says what it has to be."""
-    index, found = {label: i for i, label in enumerate(labels)}, array("q")
-    for where, _, text_b, label in source():
+    """(class index of each row, whether it is pairs, number of rows without text, which are no rows).
+
+    `pairs`, if not None, says what it has to be.
+    """
+    index, found, skipped = {label: i for i, label in enumerate(labels)}, array("q"), 0
+    for where, text_a, text_b, label in source():
+        if text_a is None:
+            skipped += 1
+            continue
         pairs = text_b is not None if pairs is None else pairs
         if (text_b is not None) != pairs:
             raise ValueError(f"{where}: {'one text' if pairs else 'two texts'}, where the first training row has "
@@ -173,7 +189,7 @@ def read_labels(source, labels, pairs):
         raise ValueError(f"{source.args[0]}, line 1: no rows of text up to the end of the file")
     if len(index) < 2:
         raise ValueError(f"{where}: the end of the file; {label!r} is its only label, expected two or more")
-    return np.asarray(found, np.int64), pairs
+    return np.asarray(found, np.int64), pairs, skipped
 
 
 def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0, max_test=None):
@@ -223,10 +239,17 @@ def pick(source, wanted, index):
     """Yield (text_a, text_b or None, class index) of the rows whose numbers are in `wanted`, rising."""
     wanted = iter(wanted.tolist())
     following = next(wanted, None)
-    for number, (_, text_a, text_b, label) in enumerate(source()):
+    for number, (_, text_a, text_b, label) in enumerate(row for row in source() if row[1] is not None):
         if number == following:
             yield text_a, text_b, index[label]
             following = next(wanted, None)
+
+
+def count_unknown(tokenizer, split, pairs):
+    """(tokens of a Split that stand for words which the tokenizer does not know, all but special ones)."""
+    unknown = getattr(tokenizer.model, "unk_token", None)  # such as [UNK]; None where it knows every word
+    special = len(split) * tokenizer.num_special_tokens_to_add(pairs)
+    return int((split.ids == tokenizer.token_to_id(unknown or "")).sum()), len(split.ids) - special
 
 
 def encode(tokenizer, rows, max_length):

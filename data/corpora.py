@@ -24,7 +24,7 @@ class Corpus:
 
     group: str  # the folder that the publisher's archives are unpacked into
     files: dict  # {split: path below it}
-    read: Callable  # path -> yields (where, text_a, text_b or None, label)
+    read: Callable  # path -> yields (where, text_a, text_b or None, label); text_a is None in a row to skip
     labels: dict  # {label in the file: name}, in the order of the class indices
     metric: str = "accuracy"
     by_hand: str = ""  # where to get it, if no program can
@@ -92,8 +92,26 @@ def sst2_rows(path):
         yield where, *readers.texts_of(where, row, "sentence"), readers.label_of(where, row)
 
 
+# what pandas.read_csv takes for a missing value, in quotes or not (its default na_values)
+MISSING = {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+           "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
+
+
+def boss_rows(path):
+    """Text and Label as pandas writes them, to_csv(sep="\\t").
+
+    The authors' loader drops rows in which pandas finds no text: they, and those with a text of spaces alone,
+    come as (where, None, None, None).
+    """
+    for where, row in readers.read_table(path):
+        if "text" in row and (row["text"] in MISSING or not row["text"].strip()):
+            yield where, None, None, None
+        else:
+            yield where, *readers.texts_of(where, row, "text"), readers.label_of(where, row)
+
+
 def pubmed_rows(path):
-    """`###id` opens an abstract, `LABEL<TAB>sentence` follow, a blank line closes it."""
+    """`###id` opens an abstract, `LABEL<TAB>sentence` follow, a blank line closes it; numbers are @."""
     inside = False
     for number, line in enumerate(readers.read_lines(path), 1):
         where, line = f"{path}, line {number}", line.rstrip("\r\n")
@@ -121,6 +139,7 @@ def glue(folder, read, labels, metric="accuracy"):
 
 
 CB_LABELS = ("contradiction", "entailment", "neutral")
+PUBMED = "PubMed_20k_RCT_numbers_replaced_with_at_sign"
 PUBMED_LABELS = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
 CORPORA = {
     "boolq": superglue("BoolQ", question_passage, {"False": "no", "True": "yes"}),
@@ -136,11 +155,11 @@ CORPORA = {
     "amazon": Corpus("boss", {"train": "amazon/train.tsv", "test": "amazon/test.tsv",
                               "dynasent": "dynasent/test.tsv", "semeval": "semeval/test.tsv",
                               "sst5": "sst5/test.tsv"},
-                     readers.read_rows, {"0": "negative", "1": "positive", "2": "neutral"},
+                     boss_rows, {"0": "negative", "1": "positive", "2": "neutral"},
                      by_hand="BOSS is linked from github.com/lifan-yuan/OOD_NLP; its sentiment folders are "
                              "amazon, dynasent, semeval, sst5"),
-    "pubmed20k": Corpus("pubmed-rct", {split: f"PubMed_20k_RCT/{file}.txt" for split, file in
-                                       (("train", "train"), ("val", "dev"), ("test", "test"))},
+    "pubmed20k": Corpus("pubmed-rct", {"train": f"{PUBMED}/train.txt", "val": f"{PUBMED}/dev.txt",
+                                       "test": f"{PUBMED}/test.txt"},
                         pubmed_rows, {name: name for name in PUBMED_LABELS}),
 }
 

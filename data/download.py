@@ -30,7 +30,7 @@ from data.corpora import CORPORA
 SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"
 SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
-PUBMED = "https://raw.githubusercontent.com/Franck-Dernoncourt/pubmed-rct/master/PubMed_20k_RCT"
+PUBMED = "https://raw.githubusercontent.com/Franck-Dernoncourt/pubmed-rct/master"
 
 
 @dataclass
@@ -58,8 +58,7 @@ SOURCES = {
                    {"train": 4076, "test": 1725},
                    {"train": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
                     "test": "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"}),
-    "pubmed20k": Source({split: f"{PUBMED}/{file}.txt" for split, file in
-                         (("train", "train"), ("val", "dev"), ("test", "test"))},
+    "pubmed20k": Source({split: f"{PUBMED}/{file}" for split, file in CORPORA["pubmed20k"].files.items()},
                         {"train": 180040, "val": 30212, "test": 30135}),
 }
 

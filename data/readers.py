@@ -1,8 +1,9 @@
 """Files of labelled text, read as rows (where, text_a, text_b or None, label), one at a time.
 
-Your own folder holds `train`, and may hold `val`, `test` and any number of `ood_NAME`, each as
-.tsv, .csv (both with a header line and the usual CSV quoting) or .jsonl (one object a line).
-Columns, in any case and order: `text`, or `text_a` and `text_b`; and `label`, integers or strings.
+Your own folder holds `train`, and may hold `val` (or `dev`, `validation`), `test` and any number of
+`ood_NAME`, each as .tsv, .csv (both with a header line and the usual CSV quoting) or .jsonl (one object a
+line). Columns, in any case and order: `text` (or `sentence`), or `text_a` and `text_b`; and `label`,
+integers or strings.
 
 A SuperGLUE folder (CB, RTE) holds train.jsonl and val.jsonl with `premise`, `hypothesis`, `label`;
 its val.jsonl is the test set, as in the paper, because the original test.jsonl has no labels.
@@ -13,10 +14,15 @@ its val.jsonl is the test set, as in the paper, because the original test.jsonl 
 import csv
 import json
 import re
+import shlex
 import sys
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 
 FORMATS = (".tsv", ".csv", ".jsonl")
+SPLITS = {"train": "train", "val": "val", "dev": "val", "validation": "val", "test": "test"}  # {file: split}
 csv.field_size_limit(sys.maxsize)  # a text may be long
 
 
@@ -34,13 +40,14 @@ def folder_sources(folder):
 
 def find_files(folder):
     """{split: path} of the files with a name that means something; OOD splits lose their `ood_`."""
-    paths, own = {}, ("train", "val", "test")
+    paths = {}
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS):
-        split = path.stem.removeprefix("ood_")
-        ood = split != path.stem and split not in own and re.fullmatch(r"[\w-]+", split)
-        if not (path.stem in own or ood) or path.suffix not in FORMATS:
+        name = path.stem.removeprefix("ood_")
+        ood = name != path.stem and name not in SPLITS and re.fullmatch(r"[\w-]+", name)
+        if not (path.stem in SPLITS or ood) or path.suffix not in FORMATS:
             raise ValueError(f"{path}: not a name that is read; expected train, val, test or ood_NAME (NAME of "
                              "letters, digits, _ and -) with .tsv, .csv or .jsonl")
+        split = SPLITS.get(path.stem, name)
         if split in paths:
             raise ValueError(f"{path}: a second file for the split {split}; the first is {paths[split].name}")
         paths[split] = path
@@ -63,17 +70,29 @@ def first_row(path):
 
 
 def read_rows(path):
-    """Yield (where, text_a, text_b or None, label as a string) for every row of a file."""
+    """Yield (where, text_a, text_b or None, label as a string) for every row of a file.
+
+    Rows without text are refused behind the last one, when it is known how many there are.
+    """
+    rows, empty = 0, []
     for where, row in read_jsonl(path) if path.suffix == ".jsonl" else read_table(path):
-        yield where, *texts_of(where, row, *text_columns(where, row)), label_of(where, row)
+        rows, columns = rows + 1, text_columns(where, row)
+        missing = [name for name in columns if row[name] is None or not str(row[name]).strip()]
+        if missing:
+            empty.append(f"{where}: no {missing[0]}")
+        else:
+            yield where, *texts_of(where, row, *columns), label_of(where, row)
+    if empty:
+        raise ValueError(f"{empty[0]}; expected one in every row; missing in {len(empty)} of {rows} rows")
 
 
-def text_columns(where, names):
-    """Those of the `names` that are text; ValueError if they are not what the module says."""
-    for columns in (("text",), ("text_a", "text_b"), ("premise", "hypothesis")):
+def text_columns(where, names, found=None):
+    """Those of the `names` that are text; ValueError with what was `found` if they are not the module's."""
+    for columns in (("text",), ("sentence",), ("text_a", "text_b"), ("premise", "hypothesis")):
         if all(name in names for name in columns) and "label" in names:
             return columns
-    raise ValueError(f"{where}: columns {listing(names)}; expected text, or text_a and text_b, and label")
+    found = found or f"columns {listing(names)}"
+    raise ValueError(f"{where}: {found}; expected text, or text_a and text_b, and label")
 
 
 def texts_of(where, row, name_a, name_b=None):
@@ -119,7 +138,12 @@ def decode_lines(lines, name):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name}, line {number}: not UTF-8 text ({error.reason})") from None
+            encoding = "UTF-16" if line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "WINDOWS-1252"
+            command = f"iconv -f {encoding} -t UTF-8"
+            if isinstance(name, Path):  # not standard input
+                command += f" {shlex.quote(str(name))} > {shlex.quote(str(name.with_suffix('.utf8')))}"
+            raise ValueError(f"{name}, line {number}: not UTF-8 text ({error.reason}); if it is {encoding}, "
+                             f"this converts it: {command}") from None
 
 
 def read_jsonl(path):
@@ -141,33 +165,55 @@ def read_jsonl(path):
 
 
 def read_table(path):
-    """Yield (where, {column: cell}) for every row of a .tsv or .csv file with a header line."""
+    """Yield (where, {column: cell}) for every row of a .tsv or .csv file with a header line.
+
+    A cell in quotes may go on over lines; `where` is the line in which its row begins.
+    """
     tabs = path.suffix == ".tsv"
     reader = csv.reader(read_lines(path), delimiter="\t" if tabs else ",", strict=True)
-    header = None
+    header, line = None, 1
     try:
         for cells in reader:
-            where = f"{path}, line {reader.line_num}"
+            where, line = f"{path}, line {line}", reader.line_num + 1
             if not cells:  # a blank line
                 continue
             if header is None:
                 header = [name.strip().lower() for name in cells]
+                text_columns(where, header, f"must be the header, and is: {listing(cells)}")
                 twice = [name for name in header if header.count(name) > 1]
                 if twice:
                     raise ValueError(f"{where}: the header has two columns {twice[0][:60]!r}")
-                text_columns(where, header)
                 continue
-            if tabs and any(mark in cell for cell in cells for mark in "\t\r\n"):
-                raise ValueError(f"{where}: a cell that began with a quote went on over a tab or a line; double its "
+            if tabs and any("\t" in cell for cell in cells):
+                raise ValueError(f"{where}: a cell that begins with a quote goes on over a tab; double its "
                                  "quotes and put it in quotes, or use .jsonl")
             if len(cells) != len(header):
                 raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)}")
             yield where, dict(zip(header, cells))
     except csv.Error as error:
-        why = "(a cell may be quoted, \"...\", with quotes inside doubled)"
-        if "new-line character" in str(error):
-            error, why = "a carriage return alone", "does not end a line; expected LF or CR LF"
-        raise ValueError(f"{path}, line {reader.line_num}: {error} {why}") from None
+        quoting = "(a cell may be quoted, \"...\", with quotes inside doubled)"
+        why = f"{error}" + f" in line {reader.line_num}" * (reader.line_num > line) + f" {quoting}"
+        if "new-line character" in why:
+            why = "a carriage return alone does not end a line; expected LF or CR LF"
+        if "unexpected end" in why:
+            why = f"a quote of the row that begins here is never closed {quoting}"
+        raise ValueError(f"{path}, line {line}: {why}") from None
+
+
+def refuse_typos(source, counts):
+    """ValueError for a label of a single row that is spelt nearly as one of five rows or more.
+
+    `counts` {label: rows}. Labels with other numbers in them, such as class 1 and class 2, are not alike.
+    """
+    often = {label.lower(): label for label, rows in counts.items() if rows >= 5}
+    for label in (label for label, rows in counts.items() if rows == 1):
+        for other in get_close_matches(label.lower(), often, cutoff=0.85):
+            if re.findall(r"\d+", label) == re.findall(r"\d+", other):
+                where, text, *_ = next(row for row in source() if row[3] == label)
+                other = often[other]
+                raise ValueError(f"{where}: label {label[:60]!r} occurs once, of the text {text[:60]!r}, and "
+                                 f"{other[:60]!r} {counts[other]} times; correct it, or, if it is a class of "
+                                 "its own, add rows of it")
 
 
 def sort_labels(labels):

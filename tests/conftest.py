@@ -19,9 +19,30 @@ import torch
 import pretrain
 import train
 from data import tiny
+from data.corpora import corpus_sources
 from model import Encoder, save_pretrained
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "datasets"
+ROOT = Path(__file__).resolve().parents[1]
+PLACES = (ROOT / "datasets", ROOT / "../shared/datasets")  # of real data, in this order
+
+
+def find_data(*names):
+    """The first of PLACES that holds the files of all these data sets, or None."""
+    for place in PLACES:
+        try:
+            for name in names:
+                corpus_sources(name, place)
+            return place
+        except FileNotFoundError:
+            continue
+
+
+def real_data(*names):
+    """The same; where there is none, the test skips."""
+    place = find_data(*names)
+    if place is None:
+        pytest.skip(f"no real data: {' or '.join(map(str, PLACES))} with {', '.join(names)}")
+    return place
 
 
 @pytest.fixture
@@ -121,10 +142,7 @@ def minilm():
 @pytest.fixture(scope="session")
 def superglue():
     """A folder with CB and RTE in SuperGLUE's original layout."""
-    folder = SHARED / "superglue"
-    if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} does not exist")
-    return folder
+    return real_data("cb", "rte") / "superglue"
 
 
 @pytest.fixture

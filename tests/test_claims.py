@@ -230,6 +230,22 @@ def test_a_number_that_is_not_defined_is_not_measured():
     assert only(judged(results, 5, "singular values, FT and LoRA"))["verdict"] == "not measured"
 
 
+def test_what_temperature_takes_off_is_not_measured_where_there_was_none():
+    """T = 1 takes nothing off, but says nothing of temperature scaling; the rest of the claim is judged."""
+    results, reason = made_up(), "every validation sample is right"
+    results["LoRA-seed2"]["temperature_reason"] = reason
+    verdict, parts = judged(results, 7)
+    without = {name: part for name, part in parts.items() if part["verdict"] == "not measured"}
+    part = "fall of ECE by T: LP-FT - LoRA"
+    assert [*without] == [f"{part}, in distribution", f"{part}, out of distribution"]
+    assert {part["why"] for part in without.values()} == {f"T of LoRA-seed2 is 1: {reason}"}
+    assert verdict == "undecided"
+    assert {part["verdict"] for part in parts.values()} == {"holds", "not measured"}
+    results["LP-FT-seed1"]["temperature_reason"] = reason
+    _, parts = judged(results, 7, "fall")
+    assert {part["verdict"] for part in parts.values()} == {"not measured"}
+
+
 def test_without_other_domains_only_the_claim_about_them_stays_open():
     results = made_up()
     for result in results.values():

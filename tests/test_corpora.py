@@ -5,10 +5,13 @@ import csv
 import json
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+import conftest
 import train
-from conftest import SHARED
-from data import load_task, read_task, tiny
+from conftest import real_data
+from data import load_task, read_task, readers, tiny
 from data.corpora import CORPORA, corpus_sources
 from model import load_pretrained
 
@@ -34,7 +37,7 @@ EXAMPLES = {
              'It fell " fast " .', 'It " fell quickly .', "paraphrase"),
     "sst2": ("a film with one quote ' and \" \t1", "a film with one quote ' and \" ", None, "positive"),
     "amazon": ('"Good, and ""cheap""."\t2', 'Good, and "cheap".', None, "neutral"),
-    "pubmed20k": ("METHODS\tWe gave 5 mg of Aspirin .", "we gave 5 mg of aspirin .", None, "METHODS"),
+    "pubmed20k": ("METHODS\tWe gave @ mg of Aspirin .", "we gave @ mg of aspirin .", None, "METHODS"),
 }
 HEADERS = {"mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n", "sst2": "sentence\tlabel\n",
            "amazon": "Text\tLabel\n", "pubmed20k": "###24491034\n"}
@@ -81,16 +84,15 @@ ROWS = {"cb": (250, 56), "rte": (2490, 277), "wic": (5428, 638), "boolq": (2000,
 @pytest.mark.parametrize("name", ROWS)
 def test_counts_by_split_and_class_of_the_real_files(name):
     """Validation is the last tenth of the training file; every other file is one split."""
-    if not SHARED.is_dir():
-        pytest.skip(f"no real data: {SHARED} does not exist")
-    rows, corpus = read_task(name, SHARED), CORPORA[name]
+    place = real_data(name)
+    rows, corpus = read_task(name, place), CORPORA[name]
     names = list(rows.labels.values())
     sizes = {split: len(indices) for split, indices in rows.indices.items()}
     assert sizes["train"] + sizes["val"] == ROWS[name][0] and sizes["val"] == ROWS[name][0] // 10
     assert [size for split, size in sizes.items() if split not in ("train", "val")] == list(ROWS[name][1:])
     assert rows.metric == ("matthews" if name == "cola" else "accuracy")
     for split, file in corpus.files.items():
-        labels = [corpus.labels[label] for label in direct_read(SHARED / corpus.group / file)]
+        labels = [corpus.labels[label] for label in direct_read(place / corpus.group / file)]
         found = [names[i] for i in rows.indices[split]]
         if split == "train":
             found += [names[i] for i in rows.indices["val"]]
@@ -100,12 +102,63 @@ def test_counts_by_split_and_class_of_the_real_files(name):
     print(f"{name} feeds {text_a!r}" + f" with {text_b!r}" * (text_b is not None), "as", corpus.labels[label])
 
 
+def test_real_data_are_looked_for_in_the_readmes_place_first(tmp_path, monkeypatch):
+    """datasets/ of the checkout, then ../shared/datasets; a data set is read in the first that has it."""
+    assert conftest.PLACES == tuple(conftest.ROOT / place for place in ("datasets", "../shared/datasets"))
+    own, shared = tmp_path / "own", tmp_path / "shared"
+    monkeypatch.setattr(conftest, "PLACES", (own, shared))
+    write_corpus(shared, "cb", [EXAMPLES["cb"][0]])
+    write_corpus(shared, "rte", [EXAMPLES["rte"][0]])
+    assert real_data("cb") == shared and conftest.find_data("wic") is None
+    write_corpus(own, "cb", [EXAMPLES["cb"][0]])
+    assert real_data("cb") == own and real_data("rte") == real_data("cb", "rte") == shared
+    with pytest.raises(pytest.skip.Exception, match="no real data.* with wic"):
+        real_data("wic")
+
+
 def test_the_folder_may_be_the_publishers_own(superglue, minilm):
     """--data-dir is the folder of all corpora or of one publisher's; token ids are those of the text."""
     _, tokenizer = load_pretrained(minilm)
     above, inside = (load_task("cb", tokenizer, data_dir=folder) for folder in (superglue.parent, superglue))
     assert above.splits["test"][3] == inside.splits["test"][3]
     assert {name: len(split) for name, split in above.splits.items()} == {"train": 225, "val": 25, "test": 56}
+
+
+PANDAS_TEXTS = [  # None: pandas' read_csv finds no text there
+    ("Good.", "Good."), ("Two\nlines,\r\nthen a third.", ...), ('It said "cheap".', ...), ('"', ...),
+    ("", None), ("\n", None), ("NA", None), ("null", None), ("None", None), ("nan", None), ("N/A", None),
+    ("n/a", None), ("<NA>", None), ("na", ...), ("NONE", ...), ("Null", ...), ("NA.", ...), ("  NA", ...),
+    ("  Spaces stay.  ", ...), ("Bad.", ...)]
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_boss_as_pandas_writes_and_reads_it(tmp_path, index, random_folder, capsys):
+    """to_csv(sep="\\t"): line breaks inside quotes, maybe row numbers; rows without text are skipped."""
+    for file in CORPORA["amazon"].files.values():
+        path = tmp_path / "boss" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as out:
+            write = csv.writer(out, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_MINIMAL).writerow
+            write([""] * index + ["Text", "Label"])
+            for number, (text, _) in enumerate(PANDAS_TEXTS * 3):
+                write([number] * index + [text, number % 3])
+    kept = [(text if expected is ... else expected, str(number % 3))
+            for number, (text, expected) in enumerate(PANDAS_TEXTS * 3) if expected is not None]
+    task = read_task("amazon", tmp_path)
+    rows = [row for row in corpus_sources("amazon", tmp_path)["train"]() if row[1] is not None]
+    assert [(text, label) for _, text, _, label in rows] == kept and len(kept) == 33
+    assert [row[0].split(", line ")[1] for row in rows[:3]] == ["2", "3", "6"]  # where a row begins
+    assert {split: len(indices) for split, indices in task.indices.items()} == {
+        "train": 30, "val": 3, "test": 33, "dynasent": 33, "semeval": 33, "sst5": 33}
+    words = Tokenizer(WordLevel({"?": 0, **{text: i for i, (text, _) in enumerate(kept, 1)}}, unk_token="?"))
+    split = load_task(task, words).splits["val"]  # a text is a word here
+    assert split.ids.tolist() == [words.token_to_id(text) for text, _ in kept[-3:]]
+    assert split.labels.tolist() == [int(label) for _, label in kept[-3:]]
+    assert train.main(["--data", "amazon", "--data-dir", str(tmp_path), "--model", str(random_folder),
+                       "--method", "lp", "--out", str(tmp_path / "run")]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "without text" in line]
+    counts = "train 27, test 27, dynasent 27, semeval 27, sst5 27"
+    assert said == [f"  skipped           rows without text: {counts}"]
 
 
 def test_missing_files_say_where_they_were_looked_for_and_how_to_get_them(tmp_path):
@@ -156,6 +209,8 @@ def spoiled_lines(name):
             ("3", "-1", "0.0", "yes", "True", "one", "1 0")]
     if name in ("amazon", "own.tsv"):
         bad = [text for text in bad if text]  # a blank line is skipped
+        if name == "amazon":  # and a row without text
+            bad = [text for text in bad if text.split("\t")[0].strip() or text.count("\t") != 1]
         bad += ['"open\t1', '"a" b\t1', '"\t1', '"a"\t"1']
     return bad
 
@@ -173,7 +228,7 @@ def test_every_malformed_line_ends_in_one_line_and_status_2(name, random_folder,
         folder = tmp_path / str(i)
         write_corpus(folder, name, [good] * 12)
         path = folder / CORPORA[name].group / CORPORA[name].files["train"]
-        line = 13 + (name in HEADERS) + spoiled.count(b"\n") - 1
+        line = 13 + (name in HEADERS) + (spoiled.count(b"\n") - 1 if name == "pubmed20k" else 0)
         path.write_bytes(path.read_bytes() + spoiled + (good.encode() + b"\n") * (b'"' not in spoiled))
         check_refusal(["--data", name, "--data-dir", str(folder)], path, random_folder, tmp_path, capsys, spoiled,
                       line)
@@ -198,7 +253,7 @@ def test_every_malformed_line_of_your_own_files_ends_in_one_line_and_status_2(na
         path = tmp_path / str(i) / name.replace("own", "train")
         path.parent.mkdir()
         path.write_bytes(OWN[name].encode() + spoiled)
-        line = OWN[name].count("\n") + spoiled.count(b"\n")
+        line = OWN[name].count("\n") + 1  # where the row begins
         check_refusal(["--data", str(path.parent)], path, random_folder, tmp_path, capsys, spoiled, line)
 
 
@@ -216,8 +271,13 @@ WHOLE_FILES = [  # no row at all, a header that is not one, a single class, labe
     ("train.csv", "text,label\na,x\nb,y\n", 3),  # too few for a tenth
     ("train.jsonl", "", 1), ("train.jsonl", " \n", 1),
     ("train.csv", "text,label\n" + "a,x\n" * 30 + "b,y\n" * 30, 61),  # validation would be one class
-    ("train.tsv", 'text\tlabel\n"good\tx\nbad"\ty\n', 3),  # the quotes belong to the text
-    ("train.tsv", 'text\tlabel\n"a"\tx\n"good\tx"\ty\n', 3), ("train.csv", "text,label\ra,x\rb,y\r", 1),
+    ("train.tsv", 'text\tlabel\n"good\tx\nbad"\ty\n', 2),  # the quotes belong to the text
+    ("train.tsv", 'text\tlabel\n"a"\tx\n"good\tx"\ty\n', 3),
+    ("train.tsv", 'text\tlabel\n"two\nlines"\tx\n"good\tx\nfine\ty\nbad\tx\n', 4),  # never closed
+    ("train.csv", 'text,label\n"two\n\nlines",x\n"good,x\nfine,y\n', 5),
+    ("train.tsv", 'text\tlabel\n"good\tx\nfine\ty\na "bad" one\tx\n', 2),  # closed in line 4, by accident
+    ("train.tsv", 'text\tlabel\n"two\nlines"\tx\tx\n', 2), ("train.tsv", '"te\nxt"\tlabel\na\tx\n', 1),
+    ("train.csv", "text,label\ra,x\rb,y\r", 1),
     ("train.jsonl", '{"text": "a", "Text": "b", "label": 0}\n', 1),
     ("train.jsonl", '{"te\\nxt": "a", "label": 0}\n', 1), ("train.jsonl", '{"text": "a", "label": "x\\ty"}\n', 1),
     ("test.csv", "text_a,text_b,label\na,b,x\n", 2), ("test.csv", "text,label\na,z\n", 2), ("test.csv", "text,label\n", 1),
@@ -235,7 +295,7 @@ def test_a_file_that_is_wrong_as_a_whole(file, content, line, random_folder, tmp
                   content, line)
 
 
-@pytest.mark.parametrize("file", ["dev.csv", "TEST.csv", "test.CSV", "ood_.csv", "ood_val.csv", "ood_my web.csv",
+@pytest.mark.parametrize("file", ["devel.csv", "TEST.csv", "test.CSV", "ood_.csv", "ood_val.csv", "ood_ .csv",
                                   "train.tsv", "notes.jsonl"])
 def test_a_file_that_would_not_be_read_is_refused_by_name(file, random_folder, tmp_path, capsys):
     for name in ("train.csv", file):
@@ -259,6 +319,30 @@ def check_refusal(arguments, path, random_folder, tmp_path, capsys, spoiled, lin
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and f"{path}, line {line}:" in error, (spoiled, error)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cell_in_quotes_may_go_on_over_several_lines(tmp_path):
+    """In a .tsv as in a .csv; a tab inside is refused: more likely it means a quote that nobody closed."""
+    for suffix, mark in (("tsv", "\t"), ("csv", ",")):
+        path = tmp_path / f"train.{suffix}"
+        path.write_bytes(f'text{mark}label\n"one\ntwo ""2""\r\n"{mark}x\n\nnext{mark}"y"\n'.encode())
+        assert list(readers.read_rows(path)) == [(f"{path}, line 2", 'one\ntwo "2"\r\n', None, "x"),
+                                                 (f"{path}, line 6", "next", None, "y")]
+    path.with_suffix(".tsv").write_text('text\tlabel\n"good\tx\nbad"\ty\nfine\tx\n')
+    with pytest.raises(ValueError, match="line 2: a cell that begins with a quote goes on over a tab"):
+        list(readers.read_rows(path.with_suffix(".tsv")))
+
+
+@pytest.mark.parametrize("rows, said", [
+    ('"good\tx\nbad\ty\n' + "more\tx\n" * 1000, "a quote of the row that begins here is never closed"),
+    ('"good\tx\nbad\ty\na "fine" one\tx\n', """'\t' expected after '"' in line 5 (a cell may be quoted"""),
+    ('"good" one\tx\n', """'\t' expected after '"' (a cell may be quoted""")])
+def test_a_stray_quote_is_named_by_the_line_of_its_row(tmp_path, rows, said):
+    """Not by the end of the file, or the line of another quote, to which it may go on."""
+    (tmp_path / "train.tsv").write_text("text\tlabel\nfine\tx\n" + rows)
+    with pytest.raises(ValueError) as refused:
+        read_task(tmp_path)
+    assert str(refused.value).startswith(f"{tmp_path / 'train.tsv'}, line 3: {said}")
 
 
 def test_headers_in_any_case_and_order(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 
 import pytest
 import torch
@@ -120,6 +121,29 @@ def test_a_folder_of_your_own(tmp_path, tokenizer, suffix):
     assert [tokenizer.id_to_token(i) for i in task.splits["val"][1]["input_ids"]][-2] == "bad"
 
 
+@pytest.mark.parametrize("name", ["val", "dev", "validation"])
+def test_other_names_of_validation_and_text(tmp_path, name):
+    """As many published data sets have them."""
+    rows = [{"sentence" if name == "dev" else "text": row["text"], "label": row["label"]} for row in ROWS]
+    write_rows(tmp_path / "train.tsv", rows)
+    write_rows(tmp_path / f"{name}.tsv", rows[:4])
+    found = read_task(tmp_path)
+    assert {split: len(indices) for split, indices in found.indices.items()} == {"train": 20, "val": 4}
+    assert [row[1] for row in found.splits["val"][0]()] == [row["text"] for row in ROWS[:4]]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_the_command_that_a_file_in_another_encoding_gets_converts_it(tmp_path, encoding):
+    path, text = tmp_path / "my train.csv", "text,label\nA “café”, perhaps,a\n"
+    path.write_bytes(text.replace("café”, perhaps", "café”").encode(encoding))
+    with pytest.raises(ValueError, match="not UTF-8 text") as refused:
+        list(readers.read_rows(path))
+    command = str(refused.value).split("this converts it: ")[1]
+    subprocess.run(["bash", "-c", command], check=True)
+    (tmp_path / "new.csv").write_bytes(path.with_suffix(".utf8").read_bytes())
+    assert [row[1:] for row in readers.read_rows(tmp_path / "new.csv")] == [("A “café”", None, "a")]
+
+
 def test_integer_labels_are_sorted_as_numbers():
     assert readers.sort_labels({"10", "9", "-1"}) == ["-1", "9", "10"]
     assert readers.sort_labels({"1", "01", "0"}) == ["0", "01", "1"]  # the same in every run
@@ -186,14 +210,14 @@ def test_superglue_as_downloaded_has_a_test_file_without_labels(tmp_path):
 BAD_FILES = [
     ("train.csv", b"text,label\nfine,0\n\xff\xfe,1\n", "line 3: not UTF-8"),
     ("train.csv", b"text,label\nfine,0\ngood,1,2\n", "line 3: 3 columns"),
-    ("train.csv", b"text,label\nfine,0\n,1\n", "line 3: text is ''"),
+    ("train.csv", b"text,label\nfine,0\n,1\n", "line 3: no text"),
     ("train.csv", b"text,label\nfine,0\ngood,\n", "line 3: label is ''"),
-    ("train.csv", b'text,label\nfine,0\n"good,1\n', "line 3: unexpected end"),
-    ("train.csv", b"sentence,label\nfine,0\n", "line 1: columns sentence, label; expected text"),
-    ("train.csv", b"text,class\nfine,0\n", "line 1: columns text, class; expected text, .* and label"),
+    ("train.csv", b'text,label\nfine,0\n"good,1\n', "line 3: a quote .* is never closed"),
+    ("train.csv", b"review,label\nfine,0\n", "line 1: .* is: review, label; expected text"),
+    ("train.csv", b"text,class\nfine,0\n", "line 1: .* is: text, class; expected text, .* and label"),
     ("train.csv", b"", "line 1: no rows"),
     ("train.csv", b"text,label\nfine,0\ngood,0\n", "line 3: the end of the file; '0' is its only label"),
-    ("train.csv", b"text,label\nfine,0\ngood,1\n", "line 3: the end; .*two classes"),
+    ("train.csv", b"text,label\nfine,0\ngood,1\n", "line 3: the end; .* too few for validation"),
     ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": \n', "line 2: not JSON"),
     ("train.jsonl", b'["a", 0]\n', "line 1: expected a JSON object"),
     ("train.jsonl", b'{"text": 5, "label": 0}\n', "line 1: text is 5"),
@@ -208,6 +232,25 @@ def test_a_broken_file_is_refused_with_file_and_line(tmp_path, name, content, me
     with pytest.raises(ValueError, match=message) as caught:
         read_task(tmp_path)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("odd, frequent, refused", [
+    ("postive", "positive", True), ("World", "world", True), ("poss", "pos", True),
+    ("tv news", "tv_news", True),
+    ("class 1", "class 2", False), ("11", "1", False), ("neutral", "negative", False),
+    ("entailment", "not_entailment", False)])
+def test_a_label_that_looks_like_a_typo_is_named_with_its_text(tmp_path, odd, frequent, refused):
+    """It would be a class of one text. Numbers are no typos of each other, and twice is no accident."""
+    rows = [{"text": "x", "label": frequent}, {"text": "y", "label": "other"}] * 20
+    write_rows(tmp_path / "train.jsonl", rows[:7] + [{"text": "the odd one", "label": odd}] + rows[7:])
+    if refused:
+        said = f"train.jsonl, line 8: label '{odd}' .* 'the odd one', and '{frequent}' 20"
+        with pytest.raises(ValueError, match=said):
+            read_task(tmp_path)
+    else:
+        assert odd in read_task(tmp_path).labels
+    write_rows(tmp_path / "train.jsonl", rows + [{"text": "the odd one", "label": odd}] * 2 + rows)
+    assert odd in read_task(tmp_path).labels
 
 
 def test_a_label_that_training_does_not_know_is_refused(tmp_path):

@@ -152,3 +152,11 @@ def test_every_data_set_has_an_address_over_https_or_a_word_why_not(tmp_path, ca
             continue
         assert all(url.startswith("https://") for url in SOURCES[name].urls.values())
         assert SOURCES[name].rows.keys() == corpus.files.keys()
+
+
+def test_pubmed_is_the_variant_that_the_authors_train_on():
+    """Numbers replaced with @: read from that folder, and downloaded into it."""
+    files = CORPORA["pubmed20k"].files
+    folder = "PubMed_20k_RCT_numbers_replaced_with_at_sign"
+    assert files == {"train": f"{folder}/train.txt", "val": f"{folder}/dev.txt", "test": f"{folder}/test.txt"}
+    assert {split: url.split("/master/")[1] for split, url in SOURCES["pubmed20k"].urls.items()} == files

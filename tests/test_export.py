@@ -12,12 +12,13 @@ import safetensors.torch
 import torch
 import transformers
 from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import predict
 import resume
 import train
 from conftest import LORA
-from data import encode, tiny
+from data import count_unknown, encode, tiny
 from export import load_classifier, lora_settings
 from model import LoRALinear
 
@@ -143,6 +144,45 @@ def test_order_is_kept_across_chunks_and_lengths(run, monkeypatch, capsys):
     assert predict.main([str(folder), "--format", "jsonl"]) == 0
     alone = json.loads(capsys.readouterr().out)
     assert alone["probabilities"] == pytest.approx(outputs[0][17]["probabilities"], abs=2e-6)
+
+
+@pytest.mark.parametrize("lines, said", [
+    ("Worst purchase of my life\nthe screen was good .\n", "30 % of the tokens"),  # 3 of 10
+    ("quantum\n" + "good\n" * 38 + "quantum\n", "5 % of the tokens"),  # over all chunks, once
+    ("bad\nquantum\n\n", "50 % of the tokens"),  # before the error that ends it
+    ("the screen was good .\nmy zenfy is laggy .\n", None)])
+def test_words_that_the_tokenizer_does_not_know_are_reported_once(run, lines, said, monkeypatch, capsys):
+    """The encoder reads each of them as [UNK], one and the same, so what it says of them is a guess."""
+    monkeypatch.setattr(predict, "CHUNK", 8)
+    monkeypatch.setattr(sys, "stdin", Stdin(lines.encode()))
+    capsys.readouterr()
+    assert predict.main([str(run[0])]) == (2 if "\n\n" in lines else 0)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    expected = f"predict.py: warning: {said} are [UNK], words that the tokenizer of this run does not know"
+    assert warnings == [expected] * (said is not None)
+
+
+def test_a_run_from_before_reasons_were_saved_is_read(run, tmp_path, monkeypatch, capsys):
+    for path in run[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content = json.loads((tmp_path / "classifier.json").read_text())
+    del content["temperature_reason"]
+    (tmp_path / "classifier.json").write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "stdin", Stdin(b"good\n"))
+    assert predict.main([str(tmp_path)]) == 0 and "T is 1" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_bytes_knows_every_word():
+    """RoBERTa's; WordPiece, BERT's, has a token for the rest."""
+    split = encode(tiny.make_tokenizer(), [("good quantum", "nothing good", 0)], 128)
+    assert count_unknown(tiny.make_tokenizer(), split, pairs=True) == (2, 4)
+    pieces = Tokenizer(models.WordPiece({"<unknown>": 0, "good": 1}, unk_token="<unknown>"))
+    pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert count_unknown(pieces, encode(pieces, [("good 東京", None, 0)], 128), pairs=False) == (1, 2)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    of_bytes = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(alphabet))}, []))
+    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel()
+    assert count_unknown(of_bytes, encode(of_bytes, [("a 東京", None, 0)], 128), pairs=False)[0] == 0
 
 
 @pytest.fixture

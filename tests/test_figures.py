@@ -125,6 +125,14 @@ def test_reliability_is_accuracy_by_confidence_before_and_after():
     assert len(axis.collections[0].get_offsets()) == expected == 8  # of the 15 bins, as in ECE
 
 
+def test_without_a_temperature_reliability_is_shown_once():
+    found, labels, names = made_runs()
+    runs = {name: (*parts[:2], None if name == "FT" else 2.0, parts[3]) for name, parts in found.items()}
+    axes = figures.reliability(None, {}, [1], (runs, labels, names)).axes
+    assert [len(axis.collections) for axis in axes[:3]] == [2, 1, 2]
+    assert [axis.get_title() for axis in axes[:2]] == ["LP, T = 2", "FT, T not fitted"]
+
+
 def test_maps_of_features_show_each_class_in_its_colour_beside_its_head_row():
     axis = figures.feature_maps(None, {}, [1], made_runs()).axes[0]
     first, star, second, other_star = (collection.get_offsets() for collection in axis.collections)

@@ -71,7 +71,8 @@ def test_files_of_the_papers_data_sets(name, cases, tmp_path):
     def check(content):
         path.write_bytes(content)
         for where, text_a, _, label in refused_or_read(path, lambda: list(CORPORA[name].read(path))) or ():
-            assert str(path) in where and text_a.strip() and isinstance(label, str)
+            assert str(path) in where
+            assert text_a.strip() and isinstance(label, str) if text_a is not None else name == "amazon"
 
     fuzz(cases, check, st.one_of(DATA, BYTES.map(lambda b: line + b"\n" + b)))
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import lpft
 from data import load_task, tiny, training_batches
 from lpft import (Progress, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
-                  fit_temperature, load_batches, matthews, predict, set_head, train_epoch)
+                  fit_temperature, load_batches, matthews, predict, set_head, train_epoch, why_no_temperature)
 from linear_probe import stratified_folds
 from model import Classifier, add_lora, load_pretrained
 
@@ -343,11 +343,40 @@ def test_a_search_that_ends_on_a_slope_is_an_error_and_no_temperature(monkeypatc
         fit_temperature(5 * logits, labels)
 
 
-def test_where_all_temperatures_are_equal_it_is_one_and_without_numbers_there_is_none():
-    labels = torch.tensor([0, 1, 2])
-    assert fit_temperature(torch.full((3, 3), 0.7), labels) == 1
+@pytest.mark.parametrize("logits, labels, reason", [
+    ([[2, 0, 0], [0, 1, 0]], [0, 1], "every validation sample is right"),
+    ([[2, 2, 0], [0, 1, 0]], [0, 1], "every validation sample is right"),  # or as sure of another class
+    ([[2, 0, 0], [0, 1, 0]], [1, 2], "no better than chance"),
+    ([[2, 0, 0], [0, 1, 0]], [1, 1], "no better than chance"),  # one right, but less sure than the wrong one
+    ([[0.7, 0.7, 0.7], [0.1, 0.1, 0.1]], [0, 1], "no better than chance"),
+    ([[2, 0, 0], [0, 1, 0]], [0, 0], None)])
+def test_where_no_temperature_is_best_it_stays_one_and_says_why(logits, labels, reason):
+    """The loss then falls all the way to T = 0 or to T = infinity: a T from such a search means nothing."""
+    logits, labels = torch.tensor(logits).double(), torch.tensor(labels)
+    found, t = why_no_temperature(logits, labels), fit_temperature(logits, labels)
+    losses = [float(F.cross_entropy(logits / t, labels)) for t in np.geomspace(0.05, 1e4, 50)]
+    if reason:
+        assert reason in found and t == 1 and np.argmin(losses) in (0, 49)
+    else:
+        assert found is None and t != 1 and 0 < np.argmin(losses) < 49
+
+
+def test_no_temperature_is_best_exactly_where_the_loss_has_no_minimum():
+    """Convex in 1 / T, it has one iff it falls at 1 / T = 0 and rises far out: differences of losses say."""
+    generator, reasons = torch.Generator().manual_seed(0), []
+    for _ in range(300):
+        logits = torch.randint(-3, 4, (3, 3), generator=generator).double()
+        labels = torch.randint(3, (3,), generator=generator)
+        losses = [float(F.cross_entropy(x * logits, labels)) for x in (0, 1e-5, 30, 31)]  # x is 1 / T
+        has_one = losses[1] < losses[0] and losses[3] > losses[2]
+        reasons.append(why_no_temperature(logits, labels))
+        assert (reasons[-1] is None) == has_one, (logits, labels)
+    assert min(reasons.count(reason) for reason in set(reasons)) > 10 and len(set(reasons)) == 3
+
+
+def test_without_numbers_there_is_no_temperature():
     with pytest.raises(ValueError, match="NaN"):
-        fit_temperature(torch.full((3, 3), math.nan), labels)
+        fit_temperature(torch.full((3, 3), math.nan), torch.tensor([0, 1, 2]))
 
 
 def test_dividing_logits_by_t_is_dividing_v_and_b_by_t(model, small_task):

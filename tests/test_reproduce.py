@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import claims
+import figures
 import report
 import reproduce
 import train
@@ -66,7 +67,7 @@ def values(folder, method, *keys):
     ("Kernel", "FT ratio", "FT", "FT", ("ntk", "ft_ratio")),
     ("Calibration", "ECE with T, meals", "LP", "LP", ("calibration", "meals", "ece_scaled")),
     ("Calibration", "MCE, test", "LoRA", "LoRA", ("calibration", "test", "mce")),
-    ("Calibration", "T", "FT", "FT", ("temperature",)),
+    ("Calibration", "T", "LP-FT", "LP-FT", ("temperature",)),
     ("Head", "Norm(C)", "LP-FT", "LP-FT", ("head_norm",)),
 ])
 def test_a_cell_of_each_table_by_hand(folder, written, table, row, column, method, keys):
@@ -94,6 +95,26 @@ def test_feature_change_by_factor_by_hand(folder, written):
         assert found["values"] == values(folder, run, "features", "films", "diff")
         assert found["runs"][1] == f"runs/{run}-seed2/result.json" and found["key"] == "features.films.diff"
     assert written["tables"][title]["FT × 10"]["kept epoch"]["values"] == [1, 1]
+
+
+def test_a_temperature_that_was_not_fitted_is_marked_and_explained(folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for path in (copy / "runs").glob("*/result.json"):
+        reason = "every sample is right" if path.parent.name in ("LoRA-seed1", "FT-scale10-seed2") else None
+        temperature = {"temperature": 1.0 if reason else 3.0, "temperature_reason": reason}
+        path.write_text(json.dumps(json.loads(path.read_text()) | temperature))
+    monkeypatch.setattr(report, "draw_figures", lambda *some: ({}, []))
+    report.write_report(copy)
+    text = (copy / "report.md").read_text()
+    row, = [line for line in text.splitlines() if line.startswith("| T |")]
+    assert row == "| T | 3 ± 0 | 3 ± 0 | 2 ± 1.414, 1 not fitted | 3 ± 0 | 3 ± 0 |"
+    assert "T is 1, not fitted, in LoRA-seed1: every sample is right." in text
+    assert "not measured: T of LoRA-seed1 is 1: every sample is right |" in text
+    assert text.count("1 not fitted") == 1
+    path = copy / "runs" / "LoRA-seed1" / "classifier.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature_reason": "all right"}))
+    drawn, _, _ = figures.load_runs(copy, None, 1)
+    assert drawn["LoRA"][2] is None and drawn["LP-FT"][2] == values(folder, "LP-FT", "temperature")[0]
 
 
 def test_what_temperature_takes_off(folder, written):

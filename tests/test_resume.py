@@ -354,6 +354,19 @@ def test_a_finished_run_is_not_repeated_and_a_running_one_not_shared(unfinished,
     assert (tmp_path / "lp" / "result.json").stat().st_mtime_ns == written
 
 
+def test_an_lp_run_that_is_stopped_after_lp_ends_with_the_same_numbers(random_folder, tmp_path, monkeypatch):
+    def stop(*arguments, **more):
+        raise KeyboardInterrupt
+
+    flags = ["--model", str(random_folder), "--method", "lp", "--max-test", "80", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", stop)
+        assert train.main([*flags, str(tmp_path / "stopped")]) == 130
+    assert train.main(["--resume", str(tmp_path / "stopped")]) == 0
+    assert train.main([*flags, str(tmp_path / "whole")]) == 0
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
 def test_resume_takes_the_flags_of_the_run_and_no_others(unfinished, tmp_path, capsys):
     run = copy_of(unfinished, tmp_path)
     assert "expected no other flag" in refusal(["--resume", run, "--lr", "1"], capsys)

@@ -1,7 +1,10 @@
 """The command: what it prints, what it leaves behind, what it refuses. On a random tiny encoder."""
 
+import contextlib
+import io
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+import linear_probe
+import lpft
 import ntk
+import predict as predict_command
 import train
 from checkpoint import read_safetensors
 from conftest import LORA
-from lpft import predict
-from data import load_task
+from data import encode, load_task, tiny
 from data.corpora import CORPORA
+from export import load_classifier
+from lpft import accuracy, feature_statistics, predict
 from model import Classifier, add_lora, load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,19 +95,19 @@ def test_head_norm_and_change_and_the_pretrained_row(random_folder, tmp_path):
     assert lpft["features_pretrained"]["test"]["diff"] == 0
 
 
-@pytest.mark.parametrize("right", [False, True])
-def test_a_temperature_without_bound_is_explained(right, random_folder, monkeypatch, capsys):
-    """Logits that favour every class but the right one; beside them, good ones of a head that is scaled up."""
-    encoder, tokenizer = load_pretrained(random_folder)
-    task = load_task("tiny", tokenizer, max_train=60, max_test=0)
-    labels = task.splits["val"].labels
-    logits = torch.nn.functional.one_hot(labels, 3).float()
-    logits[::4] = logits[::4].roll(1, 1)  # some are wrong, or T would be 0
-    monkeypatch.setattr(train, "predict", lambda *a, **k: (None, 1e4 * logits if right else -logits))
-    temperature = train.evaluate(Classifier(encoder, 3), task, {})["temperature"]
-    assert temperature > 1000
-    out = capsys.readouterr().out
-    assert ("worse than chance" in out) == (not right) and "T has no meaning" not in out
+@pytest.mark.parametrize("device, of_its_own, precision", [
+    ("cuda", True, "bfloat16 autocast"), ("cuda", False, "float32"), ("cpu", True, "float32")])
+def test_bfloat16_is_for_cards_that_have_it_and_is_announced(device, of_its_own, precision, monkeypatch):
+    """Older cards only emulate bfloat16, slower than float32; a CPU computes in float32 whatever it has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True:
+                        of_its_own or including_emulation)
+    chosen, why = train.choose_device(device)
+    assert chosen.type == device and why.endswith(f", {precision} in the FT stage")
+    assert ("a card" in why) == (device == "cuda")
+    with lpft.mixed_precision(chosen):
+        assert torch.is_autocast_enabled(device) == (precision != "float32")
 
 
 @pytest.mark.parametrize("command", ["train", "predict", "pretrain", "reproduce"])
@@ -114,13 +121,55 @@ def test_threads_that_wait_give_way_in_every_command_that_computes(command):
     assert "GOMP_SPINCOUNT = '1000'" in said
 
 
-def test_a_temperature_fitted_where_all_is_right_is_said_to_mean_nothing(random_folder, monkeypatch, capsys):
-    encoder, tokenizer = load_pretrained(random_folder)
-    task = load_task("tiny", tokenizer, max_train=60, max_test=0)
-    logits = torch.nn.functional.one_hot(task.splits["val"].labels, 3).float()
-    monkeypatch.setattr(train, "predict", lambda *a, **k: (None, logits))
-    assert train.evaluate(Classifier(encoder, 3), task, {})["temperature"] < 0.1
-    assert "T has no meaning here: every validation sample is right" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def all_right(random_folder, tmp_path_factory):
+    """(folder, what was printed) of a run whose validation samples are all right; test samples are not."""
+    folder = tmp_path_factory.mktemp("all-right")
+    rows = [("the screen was good .", "yes"), ("the screen was bad .", "no")]
+    odd = [("the soup was good .", "no"), ("the screen was fine .", "yes"), ("the lift was bad .", "yes")]
+    for name, some in (("train", rows * 20), ("val", rows * 5), ("test", rows * 5 + odd)):
+        (folder / f"{name}.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in [("text", "label"), *some]))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert train.main(["--method", "lp", "--model", str(random_folder), "--data", str(folder),
+                           "--lp-inverse-l2", "10", "--out", str(folder / "run")]) == 0
+    return folder / "run", out.getvalue()
+
+
+def test_where_all_of_validation_is_right_t_is_one_and_the_table_says_why(all_right):
+    """The loss falls all the way to T = 0, at which predictions would be certain."""
+    folder, printed = all_right
+    result = json.loads((folder / "result.json").read_text())
+    reason = "every validation sample is right, so the loss falls all the way to T = 0"
+    assert result["val_accuracy"] == result["temperature"] == 1 and result["temperature_reason"] == reason
+    of_test = result["calibration"]["test"]
+    assert of_test["ece_scaled"] == of_test["ece"] > 0 and of_test["mce_scaled"] == of_test["mce"]
+    assert f"ECE/T, MCE/T: with T = 1, not fitted: {reason}. Features:" in printed
+    assert "fitted on validation" not in printed
+    assert " temperature=1.0000 " in printed.splitlines()[-1]
+
+
+def test_predictions_of_such_a_run_are_those_without_t(all_right, tmp_path, capsys):
+    """And one line on standard error says so."""
+    folder, _ = all_right
+    texts = ["the screen was good .", "the soup was bad .", "the lift was good ."]
+    (tmp_path / "texts").write_text("\n".join(texts))
+    assert predict_command.main([str(folder), str(tmp_path / "texts")]) == 0
+    out, error = capsys.readouterr()
+    model, tokenizer, _ = load_classifier(folder)
+    expected = predict(model, encode(tokenizer, [(text, None, 0) for text in texts], 128))[1].softmax(1)
+    found = [[float(cell) for cell in line.split("\t")[1:]] for line in out.splitlines()[1:]]
+    assert np.allclose(found, expected, atol=1e-6)
+    said = [line for line in error.splitlines() if "every validation sample is right" in line]
+    assert len(said) == 1 and said[0].startswith("predict.py: T is 1, not fitted: ")
+
+
+def test_a_fitted_temperature_has_no_reason(random_folder, tmp_path, capsys):
+    assert train.main(command("lp", "--model", str(random_folder), "--out", str(tmp_path / "run"))) == 0
+    assert ", fitted on validation. Features:" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["temperature_reason"] is None
+    (tmp_path / "texts").write_text("good\n")
+    assert predict_command.main([str(tmp_path / "run"), str(tmp_path / "texts")]) == 0
+    assert "T is 1" not in capsys.readouterr().err
 
 
 def test_cola_is_selected_and_reported_by_matthews_correlation(random_folder, tmp_path, capsys):
@@ -139,6 +188,19 @@ def test_cola_is_selected_and_reported_by_matthews_correlation(random_folder, tm
     assert (best["epoch"], best["val_matthews"]) == (result["kept_epoch"], result["val_matthews"])
     assert result["metric"] == "matthews" and -1 <= result["matthews"]["test"] <= 1
     assert any(record["val_matthews"] != record["val_accuracy"] for record in records)
+
+
+def test_the_printed_configuration_is_made_of_flags(random_folder, tmp_path, capsys):
+    """What it prints, without the words in brackets, is a command: a flag that is off is not there."""
+    for name in ("ft", "ft-lora"):
+        arguments = command(name, "--model", str(random_folder), "--out", str(tmp_path / name))
+        assert train.main(arguments) == 0
+        lines, _, rest = capsys.readouterr().out.split("configuration\n")[1].partition("  samples")
+        assert "skipped" not in rest  # of these texts none
+        flags = [word for line in lines.splitlines() for word in line.split("   (")[0].split()]
+        ours, theirs = (train.configuration(train.parse_args(words)) for words in (flags, arguments))
+        assert ours == theirs | {"device": ours["device"]}
+        assert ("--lora" in flags) == ("lora" in name)
 
 
 def test_the_authors_settings_are_the_defaults_of_their_data_sets():
@@ -216,6 +278,20 @@ def test_the_kernel_is_that_of_the_start_of_the_ft_stage(name, random_folder, tm
         assert {key: result[row][key] for key in regression} == regression
 
 
+def test_the_kernel_needs_the_logits_of_its_own_samples_alone(random_folder, tmp_path, monkeypatch):
+    """The whole training split, predicted for 30 deltas, may take longer than the kernel of them."""
+    sizes = []
+
+    def counted(model, split, **more):
+        sizes.append(len(split))
+        return predict(model, split, **more)
+
+    monkeypatch.setattr(train, "predict", counted)
+    arguments = command("ft", "--model", str(random_folder), "--ntk", "30", "--out", str(tmp_path / "run"))
+    assert train.main(arguments) == 0
+    assert 60 not in sizes and sizes.count(80) == 2 * 4 and sizes.count(400) == 1  # train, tests, validation
+
+
 def test_the_kernel_changes_nothing_but_what_is_reported(random_folder, tmp_path):
     results = []
     for run, more in (("with", ["--ntk", "30"]), ("without", [])):
@@ -224,6 +300,50 @@ def test_the_kernel_changes_nothing_but_what_is_reported(random_folder, tmp_path
         results.append(json.loads((tmp_path / run / "result.json").read_text()))
         del results[-1]["seconds"]
     assert 0 < results[0].pop("ntk")["ft_ratio"] and results[0] == results[1]
+
+
+def test_ft_and_lp_ft_on_a_folder_take_the_same_number_of_steps():
+    """Else the same learning rate would mean twice the steps for one of them."""
+    folder = ["--model", "x", "--data", "mine"]
+    assert {train.parse_args(["--method", method, *["--lora"] * lora, *folder]).batch_size
+            for method, lora in train.STAGES} == {8}
+
+
+def test_lp_computes_no_features_twice(random_folder, tmp_path, monkeypatch):
+    """Its encoder is the pre-trained one; and what it then says of test is what any other code says of it."""
+    seen = []
+
+    def counted(model, split, **more):
+        seen.append(split)
+        return predict(model, split, **more)
+
+    monkeypatch.setattr(train, "predict", counted)
+    assert train.main(command("lp", "--model", str(random_folder), "--out", str(tmp_path / "run"))) == 0
+    assert len(seen) == len({id(split) for split in seen}) == 6  # train, val, test and three other domains
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    model, _, _ = load_classifier(tmp_path / "run")
+    features, logits = predict(model, seen[2])
+    assert result["accuracy"]["test"] == accuracy(logits, seen[2].labels)
+    assert result["features"]["test"] == feature_statistics(features, features, seen[2].labels)
+    assert result["val_accuracy"] == accuracy(predict(model, seen[1])[1], seen[1].labels)
+
+
+@pytest.mark.parametrize("flags, hint", [([], True), (["--lp-scoring", "log-loss"], False),
+                                         (["--lp-inverse-l2", "100"], False)])
+def test_lp_that_learns_by_heart_says_what_helps(flags, hint, random_folder, tmp_path, capsys, monkeypatch):
+    """Labels without sense and a weak penalty: nearly every training sample right, validation at chance."""
+    monkeypatch.setattr(linear_probe, "INVERSE_L2_GRID", np.array([1e4]))
+    words, rng = tiny.vocabulary()[0][-200:], random.Random(0)
+    for name, count in (("train", 50), ("val", 50)):
+        rows = [f"{' '.join(rng.sample(words, 4))}\t{rng.choice(('yes', 'no'))}" for _ in range(count)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    arguments = ["--method", "lp", "--model", str(random_folder), "--data", str(tmp_path), *flags]
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())["lp"]
+    said = [line for line in capsys.readouterr().out.splitlines() if "try --lp-scoring log-loss" in line]
+    assert len(said) == hint
+    if hint:
+        assert result["train_accuracy"] > result["val_accuracy"] + 0.2
 
 
 def test_the_learning_rate_is_that_of_the_encoder(random_folder):
