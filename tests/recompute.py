@@ -218,7 +218,7 @@ def feature_statistics(features, features_0, labels):
 class Run:
     """A finished run: what lies in its folder, and from that what its model computes.
 
-    features, logits    {split: array}, of the saved weights
+    features, logits    {split: array}, of the saved weights; not of train
     features_0          {split: array}, of the pre-trained encoder
     first_head          (V, b) where the FT stage starts; zeros for LP
     """
@@ -245,9 +245,10 @@ class Run:
             texts = tuple(text for text, _ in rows)
             samples = encode(model, max_length, texts)
             self.features_0[split] = pretrained_features(model, max_length, texts)
-            self.features[split] = features_of(saved, samples, encoder["num_attention_heads"],
-                                               encoder["layer_norm_eps"], scaling)
-            self.logits[split] = self.features[split] @ self.head[0].T + self.head[1]
+            if split != "train":  # of which LP alone has numbers, and those are of phi_0
+                self.features[split] = features_of(saved, samples, encoder["num_attention_heads"],
+                                                   encoder["layer_norm_eps"], scaling)
+                self.logits[split] = self.features[split] @ self.head[0].T + self.head[1]
 
     def find_first_head(self, lp_folder):
         weight, bias = (np.zeros_like(part) for part in self.head)
