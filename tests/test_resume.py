@@ -496,7 +496,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_with_the_best_weights_befor
 
     monkeypatch.setattr(lpft, "train_epoch", breaks_in_epoch_2)
     err = refusal([*flags, "--out", tmp_path / "b"], capsys)
-    assert "in step 5, epoch 2" in err and "the weights of epoch 1, the best before" in err
+    assert "in step 9, epoch 2" in err and "the weights of epoch 1, the best before" in err
     model, _, _ = load_classifier(tmp_path / "b")
     assert float(model.head.weight.detach().abs().max()) < 1
 
