@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import lpft
 import pretrain
+import train as command
 from data import load_task, tiny, training_batches
 from export import lora_settings
 from lpft import fine_tune, predict
@@ -304,6 +305,21 @@ def test_r_and_alpha_of_the_command_line_are_each_their_own():
     assert (args.lora_r, args.lora_alpha) == (4, 12)
     args = parse_args(["--lora", "--lora-r", "4"])
     assert (args.lora_r, args.lora_alpha) == (4, 8)
+
+
+def test_the_ft_stage_gets_its_splits_and_the_flags_of_the_command(random_folder, tmp_path, monkeypatch):
+    """The seed, too, which decides the order of the samples, and nothing else shows."""
+    handed = {}
+
+    def look(model, train, val, **how):
+        handed.update(how, sizes=(len(train), len(val)))
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(command, "fine_tune", look)
+    flags = "--method ft --max-train 60 --max-test 0 --seed 5 --lr 0.003 --batch-size 24 --epochs 3".split()
+    assert command.main(["--model", str(random_folder), "--out", str(tmp_path / "run"), *flags]) == 2
+    assert handed["sizes"] == (60, 400) and handed["metric"] == "accuracy"
+    assert [handed[name] for name in ("seed", "lr", "batch_size", "epochs")] == [5, 0.003, 24, 3]
 
 
 def test_samples_of_the_kernel_are_by_seed_of_train_and_of_test_or_else_of_val():
