@@ -88,6 +88,10 @@ def test_a_pair_is_cut_longest_first_and_its_second_text_is_marked(tokenizer):
     words = [tokenizer.id_to_token(i) for i in example["input_ids"]]
     assert words == ["[CLS]", *long.split()[:8], "[SEP]", "good", "[SEP]"]
     assert example["token_type_ids"] == [0] * 10 + [1] * 2
+    example = encode(tokenizer, [(short, long, 0)], 12)[0]  # whichever of the two is long
+    words = [tokenizer.id_to_token(i) for i in example["input_ids"]]
+    assert words == ["[CLS]", "good", "[SEP]", *long.split()[:8], "[SEP]"]
+    assert example["token_type_ids"] == [0] * 3 + [1] * 9
 
 
 def test_an_epoch_sees_every_sample_once_and_pads_little():
@@ -101,6 +105,17 @@ def test_an_epoch_sees_every_sample_once_and_pads_little():
     assert all((a == b).all() for a, b in zip(batches, again))
     assert any(len(a) != len(b) or (a != b).any() for a, b in zip(batches, other))
     assert sorted(i for batch in evaluation_batches(lengths, 16) for i in batch) == list(range(333))
+
+
+def test_an_epoch_shuffles_the_samples_and_then_the_batches():
+    """Two epochs put other samples together, and batches do not come as they were cut, by length."""
+    lengths = torch.randint(5, 100, (333,), generator=torch.Generator().manual_seed(0)).numpy()
+    one, two = (training_batches(lengths, 4, torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    together = [{frozenset(batch.tolist()) for batch in batches} for batches in (one, two)]
+    assert len(together[0] & together[1]) < 5
+    longest = [lengths[batch].max() for batch in one]
+    falls = sum(b < a for a, b in zip(longest, longest[1:]))
+    assert 0.3 < falls / len(longest) < 0.7  # one in eight if only the buckets were cut
 
 
 # ------------------------------------------------------------------------------------ files

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import recompute
+import torch
 from recompute import Run, accuracy, cross_entropy, leaves, softmax
 
 import predict
@@ -242,6 +243,15 @@ def test_p_and_the_deltas_are_those_of_the_scaled_head_on_pretrained_features(op
     assert run.result["ntk"]["train_samples"] == len({*saved["train_indices"].tolist()}) == 40
     assert run.result["ntk"]["test_samples"] == len({*saved["test_indices"].tolist()}) == 40
     assert run.result["ntk"]["test_split"] == "test"
+
+
+@on_every_kernel
+def test_the_samples_of_the_kernel_are_those_of_the_seed_of_the_run(opened, task, method):
+    run = opened(task, method)
+    labels = {split: torch.from_numpy(labels) for split, labels in run.labels.items()}
+    picked = train.pick_ntk_samples(40, 3, labels, run.settings["labels"])
+    for split, indices in picked.items():
+        assert (kernels(run)[0][f"{split}_indices"] == indices).all()
 
 
 @on_every_kernel
