@@ -13,19 +13,19 @@ import argparse
 import ast
 import os
 import random
+import resource
 import shutil
-import signal
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 600  # seconds for the tests of one mutant; one that needs longer hangs
+CPU_SECONDS = 200  # for the tests of one mutant; one that needs more hangs
 # The functions that are broken ("*": all), and the tests that should notice, the quickest first.
 TARGETS = {
-    "model.py": (("*",), ("test_model.py", "test_checkpoint.py", "test_protocol.py", "test_recompute.py")),
+    "model.py": (("*",), ("test_model.py", "test_checkpoint.py", "test_pretrain.py", "test_protocol.py",
+                          "test_recompute.py")),
     "lpft.py": (("*",), ("test_lpft.py", "test_protocol.py", "test_recompute.py",
                          "test_resume.py::test_the_best_epoch_so_far_survives_a_stop_in_a_later_one",
                          "test_resume.py::test_an_epoch_is_saved_before_anybody_hears_of_it",
@@ -42,7 +42,15 @@ SWAPS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*", 
          ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in", ast.And: "or", ast.Or: "and", ast.BitOr: "&",
          ast.BitAnd: "|"}
 # {(file, function, line of code as it is, what stands there instead): why nothing that is reported changes}
-EQUIVALENT = {}
+EQUIVALENT = {
+    ("linear_probe.py", "minimise_logistic", "if (grad_norm <= goal).all():", "<"): "never exactly equal",
+    ("linear_probe.py", "fit_linear_probe", "_, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # (h, h), by growing "
+     "variance", "+"): "x - mean sums to zero, so adding the mean twice to the other factor changes nothing",
+    ("linear_probe.py", "minimise_logistic", "for _ in range(40):  # halve the steps that do not lower their objective "
+     "enough (Armijo)", "41"): "2^-40 of a step is none",
+    ("lpft.py", "to_device", 'return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in '
+     'batch.items()}', "!="): "on a CPU nothing is copied",
+}
 
 
 def mutants_of(file):
@@ -124,27 +132,18 @@ def run_tests(mutant, folder):
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     child = os.fork()
     if child == 0:
-        os.setsid()
         os.chdir(folder)
         sys.path.insert(0, str(folder))
         quiet = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
         import pytest
 
         tests = [str(folder / "tests" / name) for name in TARGETS[mutant[0]][1]]
         os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
-    deadline = time.monotonic() + TIMEOUT
     try:
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status) != 0
-            time.sleep(0.05)
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        print(f"     no end after {TIMEOUT} seconds:")
-        return True
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
     finally:
         shutil.copy(ROOT / mutant[0], file)
 
