@@ -18,8 +18,9 @@ the paper's NC x NC matrix once reshaped; test kernels are (M, C, N, C).
 
 import sys
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 import torch.nn as nn
@@ -29,6 +30,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from linear_probe import fit_linear_probe, stratified_folds
+
+MAX_NUMBERS = 2**23, 2**27  # of one part of J that is formed: on a CPU, on CUDA
+MAX_COLUMNS = 2**15, 2**17  # terms of one sum in the model's precision
 
 
 @dataclass
@@ -82,24 +86,25 @@ def empirical_ntk(model, train_batches, test_batches=None):
     """The kernels of ntk_by_jacobian, one block of the encoder at a time, without a Jacobian of the whole.
 
     F = V K V^T, where K is the h x h kernel of the features. Only the rank r of V counts: with its singular
-    value decomposition V = U S W, F = U (S W K W^T S) U^T. So r backward passes are enough, one for each
-    row of S W (a probe of phi), and F has at most the rank N r. After LP the rows of V sum to zero: r = C - 1.
+    value decomposition V = U S W, F = U (S W K W^T S) U^T. So r backward passes are enough, one for each row
+    of S W (a probe of phi), and F has at most the rank N r. After LP the rows of V sum to zero: r = C - 1.
 
     ValueError where the result would not be exact, ArithmeticError where autograd disagrees (spot_check).
     """
-    for problem in problems(model, train_batches, test_batches):
-        raise ValueError(f"NTK: {problem}")
-    C = model.head.out_features
+    check_exactness(model, train_batches, test_batches)
     train, test = (on_device(model, batches or ()) for batches in (train_batches, test_batches))
     N, R = (sum(len(b["input_ids"]) for b in batches) for batches in (train, train + test))
     U, probes = split_head(model.head.weight)  # (C, r), (r, h)
-    gram = Gram(R, N, probes)
+    C, r = U.shape
+    device = "cpu" if probes.device.type == "mps" else probes.device  # MPS has no float64
+    kernel = torch.zeros(R * r, N * r, dtype=torch.double, device=device)
     with full_precision():
-        report_size(model, train + test, gram)
+        print_size(model, train + test, N, r)
         inputs, features = block_inputs(model, train + test)
-        if len(probes):  # V is not 0
-            walk_blocks(model, inputs, probes, gram)
-        ft = torch.einsum("cr,mrns,ds->mcnd", U, gram.result(), U)  # F, (R, C, N, C)
+        walk_blocks(model, inputs, probes, kernel)
+        square = kernel[:N * r].tril()  # its products are of the lower triangle alone
+        kernel = torch.cat([square + square.tril(-1).T, kernel[N * r:]]).cpu().view(R, r, N, r)
+        ft = torch.einsum("cr,mrns,ds->mcnd", U, kernel, U)  # F, (R, C, N, C)
         pretrain = pretrain_kernel(features, features[:N], C)  # P, (R, C, N, C)
         spot_check(model, train + test, N, pretrain, ft)
     return NTK(pretrain[:N], ft[:N], pretrain[N:] if test else None, ft[N:] if test else None)
@@ -124,18 +129,15 @@ def block_inputs(model, batches):
 
     Block 0 is the embeddings, block k is layer k.
     """
-    inputs = [[((), batch) for batch in batches]]
-    hooks = []
-    for layer in model.encoder.layers:
-        calls = []
-        hooks.append(layer.register_forward_pre_hook(
-            lambda layer, *arguments, calls=calls: calls.append(arguments), with_kwargs=True))
-        inputs.append(calls)
-    with torch.no_grad(), removed_afterwards(hooks):
+    inputs = [[((), batch) for batch in batches]] + [[] for _ in model.encoder.layers]
+    with torch.no_grad(), ExitStack() as hooks:
+        for layer, calls in zip(model.encoder.layers, inputs[1:]):
+            hooks.enter_context(layer.register_forward_pre_hook(
+                lambda layer, *arguments, calls=calls: calls.append(arguments), with_kwargs=True))
         return inputs, torch.cat([model.features(**batch) for batch in batches])
 
 
-def walk_blocks(model, inputs, probes, gram):
+def walk_blocks(model, inputs, probes, kernel):
     """Add the kernel of every layer, from the last block down to the lowest that trains.
 
     `above` holds, for each batch, the gradients of the r probes by the output of the block: (r, n, L, h).
@@ -144,31 +146,29 @@ def walk_blocks(model, inputs, probes, gram):
     last = blocks[-1]
     blocks[-1] = lambda *args, **kwargs: model.pool(last(*args, **kwargs))  # phi, (n, h)
     above = [probes[:, None].expand(-1, len(kwargs["input_ids"]), -1) for _, kwargs in inputs[0]]  # (r, n, h)
-    lowest = min((b for b, some in enumerate(layers) if some), default=len(blocks))
+    lowest = min((b for b, some in enumerate(layers) if some and len(probes)), default=len(blocks))
     for b in tqdm(range(len(blocks) - 1, lowest - 1, -1), desc="NTK", unit="block"):
         wide, narrow = defaultdict(list), defaultdict(list)
         for i, (args, kwargs) in enumerate(inputs.pop()):
-            found, above[i] = run_block(blocks[b], layers[b], args, kwargs, above[i], b > lowest)
-            for layer, a, g in found:
-                if getattr(layer, "bias", None) is not None and layer.bias.requires_grad:
-                    narrow[layer, "bias"].append(g.sum(2))  # J = sum_t g_t, (n, r, out)
-                if layer.weight.requires_grad:
-                    if isinstance(layer, nn.LayerNorm):
-                        narrow[layer, "weight"].append(layernorm_jacobian(layer, a, g))
-                    else:
+            calls, above[i] = run_block(blocks[b], layers[b], args, kwargs, above[i], b > lowest)
+            for layer, a, g in calls:
+                for name, p in layer.named_parameters(recurse=False):
+                    if p.requires_grad and name == "bias":
+                        narrow[p].append(g.sum(2))  # J = sum_t g_t, (n, r, out)
+                    elif p.requires_grad and isinstance(layer, nn.LayerNorm):
+                        narrow[p].append(layernorm_jacobian(layer, a, g))
+                    elif p.requires_grad:
                         wide[layer].append((a, g))
         if narrow:
-            gram.add(torch.cat([torch.cat(parts) for parts in narrow.values()], 2).flatten(0, 1))
-        for layer in list(wide):
-            a, g = zip(*wide.pop(layer))
-            if isinstance(layer, nn.Embedding):
-                embedding_kernel(gram, a, g, layer.padding_idx)
-            else:
-                linear_kernel(gram, a, g)
+            add_gram(kernel, torch.cat([torch.cat(J) for J in narrow.values()], 2).flatten(0, 1))
+        while wide:
+            layer, stored = wide.popitem()
+            compute = embedding_kernel if isinstance(layer, nn.Embedding) else linear_kernel
+            compute(kernel, layer, *zip(*stored))
 
 
 def trainable_layers(encoder):
-    """For each block the modules with parameters of their own that train."""
+    """For each block, the modules with parameters of their own that train."""
     embeddings = [module for name, module in encoder.named_modules() if not name.startswith("layers.")]
     return [[module for module in modules if any(p.requires_grad for p in module.parameters(recurse=False))]
             for modules in (embeddings, *(layer.modules() for layer in encoder.layers))]
@@ -177,28 +177,101 @@ def trainable_layers(encoder):
 def run_block(block, layers, args, kwargs, above, input_trains):
     """Forward and backward through one block: [(layer, a, g), ...], and the gradients of its input.
 
-    a (n, T, in) is what the layer is given, g (n, r, T, out) the gradients of the r probes by what it returns.
+    a (n, T, in) is the input of a layer, g (n, r, T, out) are the gradients of the r probes by its output.
     """
-    calls = {}
-    hooks = [layer.register_forward_hook(lambda layer, args, output: calls.update({layer: (args[0], output)}))
-             for layer in layers]
-    with torch.enable_grad(), removed_afterwards(hooks):
-        inputs = [args[0].requires_grad_()] if input_trains else []
+    calls, inputs = {}, [args[0].requires_grad_()] if input_trains else []
+    with torch.enable_grad(), ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(
+                lambda layer, args, output: calls.update({layer: (args[0].detach(), output)})))
         y = block(*args, **kwargs)
-    targets = [output for _, output in calls.values()] + inputs  # no weights: their gradients are not computed
+    targets = [output for _, output in calls.values()] + inputs  # no weights: no time goes to their gradients
     passes = [torch.autograd.grad(y, targets, g, retain_graph=True) for g in above]
     gradients = [torch.stack(of_one, 1) for of_one in zip(*passes)]
     above = gradients.pop().transpose(0, 1) if input_trains else None  # (r, n, L, h)
-    return [(layer, a.detach(), g) for (layer, (a, _)), g in zip(calls.items(), gradients)], above
+    return [(layer, a, g) for (layer, (a, _)), g in zip(calls.items(), gradients)], above
 
 
-@contextmanager
-def removed_afterwards(hooks):
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+# ---------------------------------------------------------------------------- the kernels of three layers
+
+
+def add_gram(kernel, J):
+    """kernel (R r, N r) += J J[:N r]^T, the lower triangle, J (R r, columns).
+
+    The kernel is float64, and J comes in chunks: one float32 sum over all columns loses two digits.
+    """
+    rows = kernel.shape[1]
+    for chunk in J.split(MAX_COLUMNS[J.is_cuda], 1):
+        chunk = chunk if rows >= 64 else chunk.to(kernel)  # float32 products of few rows are less exact
+        for start in range(0, max(rows - 63, 1), 128):  # products of a multiple of 16 columns are faster
+            stop = start + 128 if rows - start >= 192 else rows
+            kernel[start:, start:stop] += (chunk[start:] @ chunk[start:stop].T).to(kernel.device)
+
+
+def linear_kernel(kernel, layer, a, g):
+    """Add J J^T of a Linear's weight, J = sum_t g_t a_t^T, (out, in) for each sample and probe.
+
+    a (n, T, in) and g (n, r, T, out) of each batch. J is formed for some outputs at a time. With one
+    position, J J^T = <a, a'> <g, g'>, and no J is formed.
+    """
+    R, r, (out, width) = sum(map(len, a)), g[0].shape[1], layer.weight.shape
+    if all(x.shape[1] == 1 for x in a):
+        a, g = torch.cat(a)[:, 0].repeat_interleave(r, 0), torch.cat(g).flatten(0, 2)  # (R r, in), (R r, out)
+        rows = kernel.shape[1]
+        kernel += ((a @ a[:rows].T) * (g @ g[:rows].T)).to(kernel.device)
+        return
+    size = max(1, min(out, MAX_NUMBERS[g[0].is_cuda] // (R * r * width)))  # outputs at a time
+    J = g[0].new_empty(R, r, size, width)
+    for o in range(0, out, size):
+        J, first = J[:, :, :out - o], 0
+        for a_n, g_n in zip(a, g):
+            for k in range(r):
+                torch.bmm(g_n[:, k, :, o:o + size].transpose(1, 2), a_n, out=J[first:first + len(a_n), k])
+            first += len(a_n)
+        add_gram(kernel, J.flatten(2).flatten(0, 1))
+
+
+def layernorm_jacobian(layer, a, g):
+    """J of a LayerNorm's weight, sum_t g_t * x_hat_t, x_hat its normalised input a (n, T, h): (n, r, h)."""
+    x_hat = F.layer_norm(a, layer.normalized_shape, eps=layer.eps)
+    return torch.einsum("nrth,nth->nrh", g, x_hat)
+
+
+def embedding_kernel(kernel, layer, ids, g):
+    """Add J J^T of an Embedding's weight: row v of J is the sum of g_t over the positions t of token id v.
+
+    ids (n, T) and g (n, r, T, h) of each batch. Two samples meet only in the ids that both contain, so J is
+    kept for these (id, sample) pairs alone; ids that equally many samples contain are one batched product.
+    """
+    R, r, h = sum(map(len, ids)), g[0].shape[1], g[0].shape[3]
+    samples = torch.arange(R, device=g[0].device).split([len(x) for x in ids])
+    samples = torch.cat([s[:, None].expand_as(x).flatten() for s, x in zip(samples, ids)])  # (positions,)
+    ids = torch.cat([x.flatten() for x in ids])  # (positions,)
+    g = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in g])  # (positions, r, h)
+    if layer.padding_idx is not None:  # this row has no gradient
+        g[ids == layer.padding_idx] = 0
+    pairs, where = (ids * R + samples).unique(return_inverse=True)  # sorted by id
+    J = g.new_zeros(len(pairs), r, h).index_add_(0, where, g)
+    counts = (pairs // R).unique_consecutive(return_counts=True)[1]  # how many samples contain each id
+    square = kernel.new_zeros(R * r, R * r)
+    for count in counts.unique().tolist():
+        chosen = (counts == count).repeat_interleave(counts)
+        x, J_x = (pairs[chosen] % R).view(-1, count), J[chosen].view(-1, count, r, h)  # (ids, count, ...)
+        if count == R:  # [CLS], a position: an ordinary J
+            add_gram(kernel, J_x.permute(1, 2, 0, 3).flatten(2).flatten(0, 1))
+            continue
+        J_x = J_x.flatten(1, 2)  # (ids, count r, h)
+        products = (J_x @ J_x.transpose(1, 2)).to(kernel)  # (ids, count r, count r)
+        rows = (x[..., None] * r + torch.arange(r, device=x.device)).flatten(1).to(kernel.device)
+        square.index_put_((rows[:, :, None], rows[:, None]), products, accumulate=True)
+    kernel += square[:, :kernel.shape[1]]
+
+
+# ---------------------------------------------------------------------------- what guards exactness
+
+
+def on_device(model, batches):
+    return [{name: t.to(model.head.weight.device) for name, t in batch.items()} for batch in batches]
 
 
 @contextmanager
@@ -212,157 +285,45 @@ def full_precision():
         torch.set_float32_matmul_precision(precision)
 
 
-# ---------------------------------------------------------------------------- the kernels of three layers
-
-
-class Gram:
-    """K += J J^T for all (R r, columns) and training (N r, columns) rows of J, lower triangle alone.
-
-    Products are in the model's precision with at most `columns` terms, their sum is in float64: a float32
-    sum loses two digits.
-    """
-
-    def __init__(self, R, N, probes):
-        self.columns = 2**17 if probes.is_cuda else 2**15
-        self.shape = R, len(probes), N, len(probes)
-        # MPS has no float64
-        self.kernel = torch.zeros(R * len(probes), N * len(probes), dtype=torch.double,
-                                  device="cpu" if probes.device.type == "mps" else probes.device)
-        # the chunks of J take turns in the same memory: fresh memory for each costs more than its product
-        self.workspace = probes.new_empty(R * len(probes) * self.columns)
-
-    def add(self, J):
-        rows = self.kernel.shape[1]
-        tile = -(-rows // -(-rows // 128))  # 64 to 128 rows, or all
-        for chunk in J.split(self.columns, 1):
-            chunk = chunk if rows >= 64 else chunk.to(self.kernel)  # float32 sums fewer rows less exactly
-            for start in range(0, rows, tile):
-                block = chunk[start:]
-                self.kernel[start:, start:start + tile] += (block @ block[:min(tile, rows - start)].T).to(
-                    self.kernel.device)
-
-    def result(self):
-        square = self.kernel[:self.kernel.shape[1]].tril()
-        whole = torch.cat([square + square.tril(-1).T, self.kernel[len(square):]])
-        return whole.cpu().view(self.shape)  # (R, r, N, r)
-
-
-def linear_kernel(gram, a, g):
-    """Add J J^T of a Linear layer's weight, J = sum_t g_t a_t^T, (out, in) for each sample and probe.
-
-    a (n, T, in) and g (n, r, T, out) of each batch. J is formed for as many outputs at a time as fit into
-    gram.columns. With one position, J J^T = <a, a'> <g, g'>, and no J is formed.
-    """
-    R, r, N, _ = gram.shape
-    out, width = g[0].shape[3], a[0].shape[2]
-    if all(x.shape[1] == 1 for x in a):
-        A, G = torch.cat(a)[:, 0], torch.cat(g)[:, :, 0].flatten(0, 1)  # (R, in), (R r, out)
-        A = (A @ A[:N].T).repeat_interleave(r, 0).repeat_interleave(r, 1)  # (R r, N r)
-        gram.kernel += (A * (G @ G[:N * r].T)).to(gram.kernel.device)
-        return
-    size = max(1, gram.columns // width)
-    for o in range(0, out, size):
-        size, first = min(size, out - o), 0
-        J = gram.workspace[:R * r * size * width].view(R, r, size, width)
-        for a_batch, g_batch in zip(a, g):
-            for k in range(r):
-                torch.bmm(g_batch[:, k, :, o:o + size].transpose(1, 2), a_batch, out=J[first:first + len(a_batch), k])
-            first += len(a_batch)
-        gram.add(J.view(R * r, size * width))
-
-
-def layernorm_jacobian(layer, a, g):
-    """J of a LayerNorm's weight, sum_t g_t * x_hat_t, x_hat its normalised input a (n, T, h): (n, r, h)."""
-    x_hat = F.layer_norm(a, layer.normalized_shape, eps=layer.eps)
-    return torch.einsum("nrth,nth->nrh", g, x_hat)
-
-
-def embedding_kernel(gram, ids, g, padding_idx):
-    """Add J J^T of an Embedding: row v of J is the sum of g_t over the positions t of token id v.
-
-    ids (n, T) and g (n, r, T, h) of each batch. Two samples meet only in the ids that both contain, so J is
-    kept for these (id, sample) pairs alone; ids that as many samples contain are one batched product.
-    """
-    R, r, N, _ = gram.shape
-    samples = torch.arange(R, device=g[0].device).split([len(x) for x in ids])
-    samples = torch.cat([s[:, None].expand_as(x).flatten() for s, x in zip(samples, ids)])
-    ids = torch.cat([x.flatten() for x in ids])
-    g = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in g])  # (positions, r, h)
-    if padding_idx is not None:  # nn.Embedding gives this row no gradient
-        keep = ids != padding_idx
-        samples, ids, g = samples[keep], ids[keep], g[keep]
-    pairs, where = (ids * R + samples).unique(return_inverse=True)  # sorted by id
-    J = g.new_zeros(len(pairs), *g.shape[1:]).index_add_(0, where, g)  # (pairs, r, h)
-    counts = (pairs // R).unique_consecutive(return_counts=True)[1]  # of each id, the samples that contain it
-    for count in counts.unique().tolist():
-        chosen = (counts == count).repeat_interleave(counts)
-        x, J_x = (pairs[chosen] % R).view(-1, count), J[chosen].view(-1, count, r, J.shape[2])
-        if 2 * count > R:  # [CLS], a position: with zeros for the other samples it is an ordinary J
-            dense = J.new_zeros(R, r, len(x), J.shape[2])
-            dense.permute(2, 0, 1, 3)[torch.arange(len(x), device=x.device)[:, None], x] = J_x
-            gram.add(dense.view(R * r, -1))
-            continue
-        train = (x < N)[..., None, None]  # test samples have no column: they add 0 to the last
-        products = J_x.flatten(1, 2) @ (J_x * train).flatten(1, 2).transpose(1, 2)  # (ids, count r, count r)
-        rows = (x[..., None] * r + torch.arange(r, device=x.device)).flatten(1)  # (ids, count r)
-        columns = rows.clamp(max=N * r - 1)
-        kernel = gram.kernel
-        kernel.index_put_((rows[:, :, None].to(kernel.device), columns[:, None].to(kernel.device)),
-                          products.to(kernel), accumulate=True)
-
-
-# ---------------------------------------------------------------------------- what guards exactness
-
-
-def on_device(model, batches):
-    return [{name: t.to(model.head.weight.device) for name, t in batch.items()} for batch in batches]
-
-
-def problems(model, *batch_lists):
-    """Sentences about what would make the kernel inexact."""
-    if any(isinstance(batches, dict) for batches in batch_lists):
-        yield "expected a list of batches, found one batch"
-    if not batch_lists[0]:
-        yield "no training batches"
-    head, first_name = model.head, {}
+def check_exactness(model, *batch_lists):
+    """ValueError for what would make the kernel inexact."""
+    head, owner, wrong = model.head, {}, []
+    if not batch_lists[0] or any(isinstance(batches, dict) for batches in batch_lists):
+        wrong.append("expected lists of batches, and at least one training batch")
     if torch.is_autocast_enabled(head.weight.device.type) or torch.is_inference_mode_enabled():
-        yield "needs full precision and gradients; leave torch.autocast and torch.inference_mode"
-    if not isinstance(head, nn.Linear) or head.bias is None or not all(p.requires_grad for p in head.parameters()):
-        yield "the head is not a Linear with a bias that trains, of which P of Prop. 4.1 is the kernel"
+        wrong.append("needs full precision and gradients; leave torch.autocast and torch.inference_mode")
+    if type(head) is not nn.Linear or head.bias is None or not all(p.requires_grad for p in head.parameters()):
+        wrong.append("the head is not a Linear with a bias that trains, of which P (Prop. 4.1) is the kernel")
     if head.weight.dtype not in (torch.float32, torch.float64):
-        yield f"the model is in {head.weight.dtype}; expected float32 or float64"
+        wrong.append(f"the model is in {head.weight.dtype}; expected float32 or float64")
     for name, p in model.named_parameters(remove_duplicate=False):
-        if p.requires_grad and first_name.setdefault(p, name) != name:
-            yield f"{name} is the same tensor as {first_name[p]}; modules that share parameters are not supported"
+        if p.requires_grad and owner.setdefault(p, name) != name:
+            wrong.append(f"{name} is the same tensor as {owner[p]}; shared parameters are not supported")
     for name, module in model.named_modules():
-        what = f"{name or 'the model'} ({type(module).__name__})"
+        name, known = name or "the model", type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding)
         if module.training:
-            yield f"{what} is in training mode, where dropout is random; call model.eval() first"
-        for key, p in module.named_parameters(recurse=False):
-            if p.requires_grad and not (type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding)
-                                        and key in ("weight", "bias")):
-                yield f"{what} owns the parameter {key}; known are weight and bias of Linear, LayerNorm and Embedding"
+            wrong.append(f"{name} is in training mode, where dropout is random; call model.eval() first")
         if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq):
-            yield f"{what} rescales its rows or gradients (max_norm, scale_grad_by_freq)"
+            wrong.append(f"{name} rescales its rows or gradients (max_norm, scale_grad_by_freq)")
+        for key, p in module.named_parameters(recurse=False):
+            if p.requires_grad and not (known and key in ("weight", "bias")):
+                wrong.append(f"{name} ({type(module).__name__}) owns the parameter {key}; expected weight and "
+                             "bias of Linear, LayerNorm and Embedding alone")
+    if wrong:
+        raise ValueError(f"NTK: {wrong[0]}")
 
 
-def report_size(model, batches, gram):
-    """Print N, C, r, p and about how much memory is needed, beside one batch's activations."""
-    (R, r, N, _), layers = gram.shape, trainable_layers(model.encoder)
-    widths = [sum(m.weight.shape[1] + r * m.weight.shape[0] if isinstance(m, nn.Linear) else
-                  2 * r * m.weight.shape[1] for m in some if not isinstance(m, nn.LayerNorm)) for some in layers]
-    h = model.head.in_features
-    floats = sum(b["input_ids"].numel() for b in batches) * (max(widths) + h * (len(layers) + r))
+def print_size(model, batches, N, r):
+    """N, C, r, p, and about how much memory is needed beside the activations of one batch."""
+    (C, h), layers = model.head.weight.shape, trainable_layers(model.encoder)
+    R = sum(len(b["input_ids"]) for b in batches)
     size = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)
-    memory = (floats + gram.workspace.numel()) * gram.workspace.element_size() + 3 * gram.kernel.nbytes
-    tqdm.write(f"NTK   N = {N} training and {R - N} test samples, C = {model.head.out_features}, V of rank {r}, "
-               f"p = {size:,} in the encoder; about {memory / 2**20:,.0f} MB", file=sys.stdout)
-
-
-def dot(x, y):
-    """The sum of millions of float32 products, in float64, which MPS has not."""
-    products = x * y
-    return (products.cpu() if x.device.type == "mps" else products).sum(dtype=torch.double)
+    widest = max(sum(m.weight.shape[1] + r * m.weight.shape[0] for m in some if isinstance(m, nn.Linear))
+                 for some in layers)  # a and g of one block, for one token
+    floats = sum(b["input_ids"].numel() for b in batches) * (widest + h * (len(layers) + r))
+    memory = floats * model.head.weight.element_size() + 24 * R * N * C**2
+    tqdm.write(f"NTK   N = {N} training and {R - N} test samples, C = {C}, V of rank {r}, p = {size:,} in "
+               f"the encoder; about {memory / 2**20:,.0f} MB", file=sys.stdout)
 
 
 def spot_check(model, batches, N, pretrain, ft):
@@ -370,29 +331,24 @@ def spot_check(model, batches, N, pretrain, ft):
 
     Each by itself, against its own diagonal: where P is large, Theta would hide an error of F.
     """
-    def sample(n):  # as a batch of one
-        for batch in batches:
-            if n < len(batch["input_ids"]):
-                return {name: t[n:n + 1] for name, t in batch.items()}
-            n -= len(batch["input_ids"])
-
-    points = [(0, 0), (N - 1, ft.shape[1] - 1), (len(ft) - 1, 0)]  # (sample, logit); two of training
+    samples = [{name: t[n:n + 1] for name, t in batch.items()} for batch in batches
+               for n in range(len(batch["input_ids"]))]
+    n, c = [0, N - 1, len(ft) - 1], [0, ft.shape[1] - 1, 0]  # three samples, two of training; a logit of each
     names, trained = zip(*[(name, p) for name, p in model.named_parameters() if p.requires_grad])
     with torch.enable_grad():
-        gradients = [torch.autograd.grad(model(**sample(n))[0, c], trained, materialize_grads=True)
-                     for n, c in points]
-    tolerance = 1e-4 if model.head.weight.dtype == torch.float32 else 1e-9
+        gradients = [torch.autograd.grad(model(**samples[i])[0, k], trained, materialize_grads=True)
+                     for i, k in zip(n, c)]
     for part, kernel in (("P", pretrain), ("F", ft)):
-        own = [k for k, name in enumerate(names) if name.startswith("head.") == (part == "P")]
-        expected = [[sum(float(dot(x[k], y[k])) for k in own) for y in gradients] for x in gradients]
-        for i, (n, c) in enumerate(points):
-            for j, (m, d) in enumerate(points[:2]):
-                found, scale = float(kernel[n, c, m, d]), (expected[i][i] * expected[j][j]) ** 0.5
-                if not abs(found - expected[i][j]) <= tolerance * scale:
-                    raise ArithmeticError(
-                        f"NTK: the spot check failed: {part} of sample {n}, logit {c} and sample {m}, logit {d} is "
-                        f"{found:.8g}, autograd says {expected[i][j]:.8g}. Does the model use a parameter outside "
-                        "its own layer, or let samples depend on each other?")
+        own = [name.startswith("head.") == (part == "P") for name in names]
+        expected = [[sum(float((x * y).sum()) for x, y in compress(zip(row, column), own)) for column in gradients]
+                    for row in gradients]
+        expected = torch.tensor(expected, dtype=torch.double)  # (3, 3)
+        scale = expected.diagonal().sqrt().clamp(min=1e-300)
+        error = (kernel[n, c][:, n[:2], c[:2]] - expected[:, :2]).abs() / scale[:, None] / scale[:2]
+        if not error.max() <= (1e-4 if model.head.weight.dtype == torch.float32 else 1e-9):
+            raise ArithmeticError(
+                f"NTK: the spot check failed: {part} differs from autograd by {float(error.max()):.2g} of its diagonal. "
+                "Does the model use a parameter outside its own layer, or let samples depend on each other?")
 
 
 # ---------------------------------------------------------------------------- what the paper measures
@@ -416,14 +372,13 @@ def predicted_logit_change(ntk, deltas, lr, test=False):
 def predicted_feature_change(model, train_batches, deltas, lr, batches):
     """eq. (2): lr * sum_i Theta_phi(x, x_i) V^T delta_i for the M samples x of `batches`, (M, h).
 
-    Theta_phi(x, x_i) = J(x) J(x_i)^T, with J = dphi/dtheta_phi. Neither J nor a kernel is needed: the step
-    sum_i J(x_i)^T V^T delta_i is a backward pass over the N training samples, J(x) times the step is
-    the derivative of phi(x) along it, a forward-mode pass.
+    Theta_phi(x, x_i) = J(x) J(x_i)^T, J = dphi/dtheta_phi. No Jacobian is needed: sum_i J(x_i)^T V^T delta_i,
+    the step of theta_phi, is one backward pass; J(x) times the step, the derivative along it, a forward one.
     """
-    for problem in problems(model, train_batches):
-        raise ValueError(f"NTK: {problem}")
+    check_exactness(model, train_batches, batches)
     trained = {name: p.detach() for name, p in model.encoder.named_parameters() if p.requires_grad}
-    pulled, step = deltas.to(model.head.weight) @ model.head.weight.detach(), None  # V^T delta, (N, h)
+    pulled = deltas.to(model.head.weight) @ model.head.weight.detach()  # V^T delta_i, (N, h)
+    step = dict.fromkeys(trained, 0.0)
 
     def features(batch):
         return lambda trained: model.pool(functional_call(model.encoder, trained, (), batch))  # (n, h)
@@ -432,10 +387,10 @@ def predicted_feature_change(model, train_batches, deltas, lr, batches):
         for batch in on_device(model, train_batches):
             n = len(batch["input_ids"])
             gradients = vjp(features(batch), trained)[1](pulled[:n])[0]
-            step = {name: g + step[name] if step else g for name, g in gradients.items()}
+            step = {name: step[name] + g for name, g in gradients.items()}
             pulled = pulled[n:]
-        moved = [jvp(features(batch), (trained,), (step,))[1] for batch in on_device(model, batches)]
-    return lr * torch.cat(moved)
+        changes = [jvp(features(batch), (trained,), (step,))[1] for batch in on_device(model, batches)]
+    return lr * torch.cat(changes)
 
 
 def ft_ratio(ntk, deltas):

@@ -147,8 +147,8 @@ def test_another_pooling_needs_no_change_in_the_kernel(model):
         assert relative_error(getattr(found, part), getattr(expected, part)) < 1e-12, part
 
 
-@pytest.mark.parametrize("trained, blocks", [("layers.1.ffn_out.weight", 1), ("layers.0.attention_norm.bias", 2),
-                                             ("position_embeddings.weight", 3)])
+@pytest.mark.parametrize("trained, blocks", [
+    ("layers.1.ffn_out.weight", 1), ("layers.0.attention_norm.bias", 2), ("position_embeddings.weight", 3)])
 def test_blocks_below_the_lowest_that_trains_are_not_walked(model, trained, blocks, monkeypatch):
     """What is frozen has no part in F: the gradient goes down no further than it must."""
     model.encoder.requires_grad_(False).get_parameter(trained).requires_grad_()
@@ -174,8 +174,8 @@ def test_at_the_start_of_lora_f_is_the_kernel_of_b_alone(model):
 
 
 def test_a_kernel_of_more_than_one_tile(model):
-    """The Gram product is cut into tiles of 128 rows: 47 training samples and 3 logits need two."""
-    train, test = [make_batch([3, 4, 5] * 15 + [6, 7], 1)], [make_batch([5, 3], 2)]
+    """The Gram product is cut into tiles of 128 rows: 65 training samples and 3 logits need two."""
+    train, test = [make_batch([3, 4, 5] * 21 + [6, 7], 1)], [make_batch([5, 3], 2)]
     expected, found = ntk_by_jacobian(model, train, test), empirical_ntk(model, train, test)
     for part in PARTS:
         assert relative_error(getattr(found, part), getattr(expected, part)) < 1e-12, part
@@ -238,7 +238,7 @@ def refuse_half(model):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (refuse_training, r"encoder.layers.1 \(Layer\) is in training mode"), (refuse_tied, "same tensor"),
+    (refuse_training, "encoder.layers.1 is in training mode"), (refuse_tied, "same tensor"),
     (refuse_bare, r"encoder \(Encoder\) owns the parameter scale"), (refuse_unknown, "Conv1d"),
     (refuse_frozen_head, "head is not a Linear with a bias that trains"), (refuse_no_bias, "head is not a Linear"),
     (refuse_pooler, r"pooler \(Conv1d\)"), (refuse_weight_norm, "owns the parameter weight_g"),
@@ -256,9 +256,9 @@ def test_autocast_inference_mode_and_batches_of_the_wrong_kind_are_refused(model
         empirical_ntk(model, TRAIN)
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         empirical_ntk(model, TRAIN)
-    with pytest.raises(ValueError, match="no training batches"):
+    with pytest.raises(ValueError, match="at least one training batch"):
         empirical_ntk(model, [])
-    with pytest.raises(ValueError, match="found one batch"):
+    with pytest.raises(ValueError, match="expected lists of batches"):
         empirical_ntk(model, TRAIN, TEST[0])
 
 
@@ -292,7 +292,7 @@ def test_the_spot_check_sees_one_missing_layer_where_p_is_large(model, lora, wro
         check(model, batches, N, pretrain, ft)
 
     monkeypatch.setattr(ntk_file, "spot_check", spoiled)
-    with pytest.raises(ArithmeticError, match="F of sample"):
+    with pytest.raises(ArithmeticError, match="F differs"):
         empirical_ntk(model, TRAIN, TEST)
 
 
@@ -314,7 +314,7 @@ def change_an_output_in_place(model):
 
 
 def let_samples_meet(model):
-    model.encoder.layers[0].attention.query.register_forward_hook(lambda module, args, output: output + output.mean(0))
+    model.encoder.layers[0].ffn_in.register_forward_hook(lambda module, args, output: output + output.mean(0))
 
 
 @pytest.mark.parametrize("spoil", [use_a_weight_twice, call_a_layer_twice, change_an_output_in_place,
@@ -329,35 +329,34 @@ def test_the_spot_check_finds_a_model_that_the_block_walk_cannot_follow(model, s
 
 
 def two_batches(*widths):
-    """Random tensors of 3 samples at 4 positions and 2 samples at 7, each (n, T, width) or (n, r, T, width)."""
+    """Random tensors of 3 samples at 4 positions and 2 at 7, each (n, T, width) or (n, r, T, width)."""
     return [[torch.randn(n, *width[:-1], T, width[-1], dtype=torch.double) for n, T in ((3, 4), (2, 7))]
             for width in widths]
 
 
-def kernel_of(J, num_train, r):
-    """J J^T of one J (r, p) per sample, as the engine keeps it: (R, r, N, r)."""
+def kernel_of(J, columns):
+    """J J^T of one J (r, p) per sample, (R r, N r)."""
     J = torch.stack(J).flatten(0, 1)
-    return (J @ J[:num_train * r].T).view(-1, r, num_train, r)
+    return J @ J[:columns].T
 
 
-@pytest.mark.parametrize("columns", [7, 20, 2**15])
-def test_the_kernel_of_a_linear_layer_is_that_of_the_sum_of_g_a(columns):
-    """J = sum_t g_t a_t^T, whole or a few of its rows at a time; 4 samples train, 1 is for test."""
-    a, g = two_batches((6,), (2, 5))
-    gram = ntk_file.Gram(5, 4, torch.zeros(2, 3, dtype=torch.double))
-    gram.columns = columns
-    ntk_file.linear_kernel(gram, a, g)
+@pytest.mark.parametrize("numbers", [7, 140, 2**15])
+def test_the_kernel_of_a_linear_layer_is_that_of_the_sum_of_g_a(numbers, monkeypatch):
+    """J = sum_t g_t a_t^T, one or two of its five rows at a time, or whole; 4 samples train, 1 tests."""
+    monkeypatch.setattr(ntk_file, "MAX_NUMBERS", (numbers, numbers))
+    (a, g), kernel = two_batches((6,), (2, 5)), torch.zeros(10, 8, dtype=torch.double)
+    ntk_file.linear_kernel(kernel, nn.Linear(6, 5), a, g)
     J = [torch.einsum("rto,ti->roi", *pair).flatten(1) for g_, a_ in zip(g, a) for pair in zip(g_, a_)]
-    assert relative_error(gram.result(), kernel_of(J, 4, 2)) < 1e-14
+    assert torch.allclose(kernel.tril(), kernel_of(J, 8).tril(), rtol=1e-12)
 
 
 def test_with_one_position_the_linear_kernel_is_a_product_of_two_kernels():
     """J J^T = <a, a'> <g, g'>."""
     a, g = [torch.randn(5, 1, 6, dtype=torch.double)], [torch.randn(5, 2, 1, 4, dtype=torch.double)]
-    gram = ntk_file.Gram(5, 4, torch.zeros(2, 3, dtype=torch.double))
-    ntk_file.linear_kernel(gram, a, g)
+    kernel = torch.zeros(10, 8, dtype=torch.double)
+    ntk_file.linear_kernel(kernel, nn.Linear(6, 4), a, g)
     J = [torch.einsum("rto,ti->roi", *pair).flatten(1) for pair in zip(g[0], a[0])]
-    assert relative_error(gram.result(), kernel_of(J, 4, 2)) < 1e-14
+    assert torch.allclose(kernel, kernel_of(J, 8), rtol=1e-12)
 
 
 def test_the_jacobian_of_a_layernorm_weight_is_the_sum_of_g_times_x_hat():
@@ -371,13 +370,21 @@ def test_the_jacobian_of_a_layernorm_weight_is_the_sum_of_g_times_x_hat():
 
 def test_the_kernel_of_an_embedding_meets_in_the_ids_that_two_samples_share():
     """Ids of one sample, of some and of all, twice in one text, and the padding id, which has no gradient."""
-    ids = [torch.tensor([[1, 2, 2, 0], [1, 3, 0, 0], [1, 4, 5, 6]]), torch.tensor([[1, 2, 3, 4, 7, 8, 9]] * 2)]
-    g = two_batches((2, 5))[0]
-    gram = ntk_file.Gram(5, 4, torch.zeros(2, 3, dtype=torch.double))
-    ntk_file.embedding_kernel(gram, ids, g, padding_idx=0)
+    ids = [torch.tensor([[1, 2, 2, 0], [1, 3, 0, 0], [1, 4, 5, 6]]), torch.tensor(2 * [[1, 2, 3, 4, 7, 8, 9]])]
+    g, kernel = two_batches((2, 5))[0], torch.zeros(10, 8, dtype=torch.double)
+    ntk_file.embedding_kernel(kernel, nn.Embedding(10, 5, padding_idx=0), ids, g)
     J = [torch.einsum("rth,tv->rvh", g_x, F.one_hot(x, 10).double() * (x != 0)[:, None]).flatten(1)
          for some, g_some in zip(ids, g) for x, g_x in zip(some, g_some)]
-    assert relative_error(gram.result(), kernel_of(J, 4, 2)) < 1e-14
+    assert torch.allclose(kernel.tril(), kernel_of(J, 8).tril(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [5, 64, 191, 300])
+def test_the_gram_product_fills_the_lower_triangle_and_the_rows_of_test_samples(rows):
+    """In tiles of 64 to 191 columns, and in float64 where there are few rows: BLAS is less exact there."""
+    J = torch.randn(rows + 10, 50_000) + 0.5
+    kernel, expected = torch.zeros(rows + 10, rows, dtype=torch.double), J.double() @ J[:rows].double().T
+    ntk_file.add_gram(kernel, J)
+    assert relative_error(kernel.tril(), expected.tril()) < 3e-7
 
 
 # ------------------------------------------------------------------------------------ the theory
@@ -457,7 +464,8 @@ def feature_jacobian(model, batches):
     parameters = {n: p.detach() for n, p in model.encoder.named_parameters() if p.requires_grad}
 
     def features(parameters):
-        return torch.cat([model.pool(torch.func.functional_call(model.encoder, parameters, (), b)) for b in batches])
+        hidden = [torch.func.functional_call(model.encoder, parameters, (), b) for b in batches]
+        return torch.cat([model.pool(x) for x in hidden])
 
     return torch.cat([J.flatten(2) for J in torch.func.jacrev(features)(parameters).values()], 2)
 
@@ -469,9 +477,9 @@ def test_eq_2_one_step_moves_features_as_the_kernel_predicts(model, lora):
         add_lora(model.encoder)
         randomise_lora(model)
     deltas = initial_deltas(all_logits(model, TRAIN), LABELS)
-    J_train, pulled = feature_jacobian(model, TRAIN), deltas @ model.head.weight.detach()  # (N, h, p), (N, h)
-    for batches in (TRAIN, TEST):
-        expected = torch.einsum("mhp,nkp,nk->mh", feature_jacobian(model, batches), J_train, pulled)
+    J, J_test = feature_jacobian(model, TRAIN), feature_jacobian(model, TEST)  # (N, h, p), (M, h, p)
+    for batches, rows in ((TRAIN, J), (TEST, J_test)):
+        expected = torch.einsum("mhp,nkp,nk->mh", rows, J, deltas @ model.head.weight.detach())
         errors = []
         for lr in (1e-4, 5e-5):
             predicted = predicted_feature_change(model, TRAIN, deltas, lr, batches)
