@@ -366,7 +366,7 @@ def refuse_other_start(args, task, encoder, state):
 
 def refuse_what_does_not_fit(args, task, tokenizer, config):
     """ValueError for text that the encoder cannot read: too long, of too many types, or, for the tiny one, of words
-    that are not of its own language; and for LoRA that is no low-rank update."""
+    that are not of its own language; for classes with too few samples for LP; and for LoRA that is no low-rank update."""
     if args.max_length > config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for {config.max_length} tokens "
                          "at most")
@@ -378,6 +378,11 @@ def refuse_what_does_not_fit(args, task, tokenizer, config):
     if 0 < config.type_vocab_size <= types:
         raise ValueError(f"--model {args.model}: has {config.type_vocab_size} token type, but its tokenizer "
                          f"gives the second text of a pair type {types}")
+    counts = task.splits["train"].labels.bincount(minlength=len(task.labels))
+    if args.lp_scoring and counts.min() < 5:
+        raise ValueError(f"--data {args.data}: 5-fold cross-validation needs 5 training samples of each class, "
+                         f"{task.labels[counts.argmin()]!r} has {counts.min()}; take more samples, or fix LP's "
+                         "strength with --lp-inverse-l2")
     if args.lora and args.lora_r > config.hidden_size:
         raise ValueError(f"--lora-r {args.lora_r}: more than the width {config.hidden_size} of {args.model}")
 
@@ -408,8 +413,8 @@ def probe(args, model, task, features_0, state):
     print(f"LP    strength {chosen};  train {record['train_accuracy']:.3f}  "
           f"{val_title(task)} {record[f'val_{task.metric}']:.3f}  head norm {record['head_norm']:.3f}")
     if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:
-        print("LP    learnt its samples by heart: train is far above val; try --lp-scoring log-loss, which "
-              "mostly picks a smaller head")
+        print("LP    train is far above val: the head may know its samples by heart; try --lp-scoring log-loss, "
+              "which mostly picks a smaller one")
     write_lines(args.out / "metrics.jsonl", [record])
     state.save(lp={"record": record, "weight": found.weight, "bias": found.bias})
     return record

@@ -155,7 +155,7 @@ def read_jsonl(path):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from None
+            raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
         found = {name.strip().lower(): value for name, value in row.items()}

@@ -98,7 +98,7 @@ FILES = [
      "or, if it is a class of its own, add rows of it"),
     ({"train.csv": "text,label\n" + rows(*"abab" * 10, *"a" * 20), "val.csv": GOOD.replace(",a", ",c")},
      "val.csv, line 2: label 'c'; expected one of a, b"),
-    ({"train.csv": "text,label\n" + rows(*"a" * 20, *"b" * 4), "val.csv": GOOD}, "class 1 has 4"),
+    ({"train.csv": "text,label\n" + rows(*"a" * 20, *"b" * 4), "val.csv": GOOD}, "'b' has 4; take more samples"),
     ({"train.csv": GOOD + ",a\n"},
      "train.csv, line 42: no text; expected one in every row; missing in 1 of 41 rows"),
     ({"train.csv": GOOD + ",a\nfine,b\n \t,a\nend,b\n"},

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from checkpoint import read_safetensors, read_weights, write_safetensors
-from model import load_pretrained
+from model import check_config, load_pretrained
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3, dtype=torch.float16),
            "brain": torch.full((2,), 1.5, dtype=torch.bfloat16), "scalar": torch.tensor(7),
@@ -176,3 +176,30 @@ def test_a_broken_index_of_shards_is_refused(index, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises((ValueError, OSError), match="model.safetensors.index.json"):
         read_weights(tmp_path)
+
+
+SIZES = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 1,
+         "max_position_embeddings": 4}
+
+
+def test_a_roberta_config_without_a_padding_token_has_number_one_and_bert_has_zero():
+    """The defaults of transformers, which leaves them out of the file."""
+    for model_type, pad in (("roberta", 1), ("bert", 0)):
+        assert check_config(SIZES | {"model_type": model_type}, "config.json").pad_token_id == pad
+
+
+@pytest.mark.parametrize("name, least", [(name, 1) for name in SIZES] + [("type_vocab_size", 0), ("pad_token_id", 0)])
+def test_a_size_may_be_as_small_as_it_makes_sense_and_no_smaller(name, least):
+    sizes = SIZES | {"model_type": "bert"}
+    assert getattr(check_config(sizes | {name: least}, "config.json"), name) == least
+    with pytest.raises(ValueError, match=f"config.json: {name} is {least - 1}; expected int, {least} or more"):
+        check_config(sizes | {name: least - 1}, "config.json")
+
+
+def test_the_padding_token_is_one_of_the_vocabulary():
+    for pad, fits in ((8, True), (9, False)):
+        try:
+            assert check_config(SIZES | {"model_type": "bert", "pad_token_id": pad}, "config.json").pad_token_id == 8
+            assert fits
+        except ValueError as error:
+            assert not fits and "pad_token_id is 9; expected below vocab_size" in str(error)
