@@ -48,6 +48,9 @@ EQUIVALENT = {
      "variance", "+"): "x - mean sums to zero, so adding the mean twice to the other factor changes nothing",
     ("linear_probe.py", "minimise_logistic", "for _ in range(40):  # halve the steps that do not lower their objective "
      "enough (Armijo)", "41"): "2^-40 of a step is none",
+    ("lpft.py", "fine_tune", 'fused=device.type in ("cuda", "cpu"))', "not in"): "the same Adam, by other code: slower",
+    ("model.py", "check_config", 'if known.get("pad_token_id", 0) >= known.get("vocab_size", 1):', "2"):
+        "a config without vocab_size is refused either way",
     ("lpft.py", "to_device", 'return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in '
      'batch.items()}', "!="): "on a CPU nothing is copied",
 }

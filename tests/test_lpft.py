@@ -349,6 +349,7 @@ def test_a_search_that_ends_on_a_slope_is_an_error_and_no_temperature(monkeypatc
     ([[2, 0, 0], [0, 1, 0]], [1, 2], "no better than chance"),
     ([[2, 0, 0], [0, 1, 0]], [1, 1], "no better than chance"),  # one right, but less sure than the wrong one
     ([[0.7, 0.7, 0.7], [0.1, 0.1, 0.1]], [0, 1], "no better than chance"),
+    ([[0, 0, 0], [0, 0, 0]], [0, 1], "no better than chance"),
     ([[2, 0, 0], [0, 1, 0]], [0, 0], None)])
 def test_where_no_temperature_is_best_it_stays_one_and_says_why(logits, labels, reason):
     """The loss then falls all the way to T = 0 or to T = infinity: a T from such a search means nothing."""
