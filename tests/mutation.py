@@ -25,7 +25,7 @@ CPU_SECONDS = 200  # for the tests of one mutant; one that needs more hangs
 # The functions that are broken ("*": all), and the tests that should notice, the quickest first.
 TARGETS = {
     "model.py": (("*",), ("test_model.py", "test_checkpoint.py", "test_pretrain.py", "test_protocol.py",
-                          "test_recompute.py")),
+                          "test_recompute.py", "test_export.py")),
     "lpft.py": (("*",), ("test_lpft.py", "test_protocol.py", "test_recompute.py",
                          "test_resume.py::test_the_best_epoch_so_far_survives_a_stop_in_a_later_one",
                          "test_resume.py::test_an_epoch_is_saved_before_anybody_hears_of_it",
@@ -51,6 +51,15 @@ EQUIVALENT = {
     ("lpft.py", "fine_tune", 'fused=device.type in ("cuda", "cpu"))', "not in"): "the same Adam, by other code: slower",
     ("model.py", "check_config", 'if known.get("pad_token_id", 0) >= known.get("vocab_size", 1):', "2"):
         "a config without vocab_size is refused either way",
+    ("lpft.py", "predict", "def predict(model, split, batch_size=64, desc=None):", "65"): "how many at once, no number",
+    ("lpft.py", "fine_tune", "num_workers=0, state=None):", "1"): "who prepares the batches, no number",
+    ("linear_probe.py", "minimise_logistic", "for _ in range(100):", "101"): "it converges in 20",
+    ("linear_probe.py", "minimise_logistic", "diagonal = back(probs * (1 - probs), z_squared) + penalty  # (K, C, k + 1)",
+     "+"): "a worse preconditioner, to the same solution",
+    ("model.py", "save_pretrained", 'write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))', "False"):
+        "the same JSON on one line",
+    ("train.py", "probe", 'if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:',
+     ">="): "never exactly equal",
     ("lpft.py", "to_device", 'return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in '
      'batch.items()}', "!="): "on a CPU nothing is copied",
 }

@@ -101,6 +101,8 @@ def test_lp_refuses_what_it_cannot_fit():
     x, y = samples(100, 5, 2)
     with pytest.raises(ValueError, match="class 1 has 3"):
         fit_linear_probe(x[:20], torch.tensor([0] * 17 + [1] * 3), 2)
+    with pytest.raises(ValueError, match="scoring is 'f1'; expected accuracy or log-loss"):
+        fit_linear_probe(x, y, 3, scoring="f1")
     with pytest.raises(ValueError, match="no sample of class 2"):
         fit_linear_probe(x, y, 3, inverse_l2=1.0)
     with pytest.raises(ValueError, match="NaN"):
@@ -179,6 +181,16 @@ def test_lora_moves_its_matrices_and_the_head_and_nothing_else(model, small_task
     moved = {name for name, t in model.state_dict().items() if not torch.equal(before[name], t)}
     assert moved and all("lora_" in name or name.startswith("head.") for name in moved)
     assert {"head.weight", "head.bias"} <= moved
+
+
+def test_without_flags_the_ft_stage_has_ten_epochs_and_seed_zero(model, small_task):
+    train, val, start = small_task.splits["train"], small_task.splits["val"], copy.deepcopy(model.state_dict())
+    histories = []
+    for how in ({}, {"epochs": 10, "seed": 0}):
+        model.load_state_dict(start)
+        torch.manual_seed(0)
+        histories.append(fine_tune(model, train, val, lr=1e-3, batch_size=30, **how))
+    assert histories[0] == histories[1] and len(histories[0]) == 1 + 10
 
 
 def test_the_best_validation_epoch_is_kept(model, small_task):
@@ -360,6 +372,14 @@ def test_where_no_temperature_is_best_it_stays_one_and_says_why(logits, labels, 
         assert reason in found and t == 1 and np.argmin(losses) in (0, 49)
     else:
         assert found is None and t != 1 and 0 < np.argmin(losses) < 49
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_whether_a_temperature_is_best_does_not_depend_on_the_scale_of_the_logits(scale):
+    logits = scale * torch.tensor([[2, 0, 0], [0, 1, 0]]).double()
+    assert why_no_temperature(logits, torch.tensor([0, 0])) is None
+    assert "every validation sample is right" in why_no_temperature(logits, torch.tensor([0, 1]))
+    assert "no better than chance" in why_no_temperature(logits, torch.tensor([1, 2]))
 
 
 def test_no_temperature_is_best_exactly_where_the_loss_has_no_minimum():

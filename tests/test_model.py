@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from conftest import find_data
 from data import encode, tiny
 from data.corpora import corpus_sources
-from model import (Classifier, Encoder, LoRALinear, add_lora, count_parameters, load_pretrained,
+from model import (Classifier, Encoder, EncoderConfig, LoRALinear, add_lora, count_parameters, load_pretrained,
                    merge_lora, save_pretrained)
 
 SENTENCES = ["The cat sat on the mat.", "It rained!", "Was the plot any good? Not really, I think.",
@@ -161,6 +161,21 @@ def test_features_do_not_depend_on_what_trains(encoder, batch):
         training = model.features(**batch)
         encoder.requires_grad_(False)
         assert torch.equal(model.features(**batch), training)
+
+
+def test_an_encoder_starts_as_bert_does():
+    """Weights of standard deviation 0.02, biases zero, and nothing for the padding token."""
+    config = EncoderConfig(vocab_size=500, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+                           intermediate_size=128, max_position_embeddings=32, pad_token_id=3)
+    encoder = Encoder(config)
+    for name, p in encoder.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        else:
+            assert 0.017 < float(p.detach().std()) < 0.023, name
+    assert not encoder.word_embeddings.weight[3].any() and encoder.word_embeddings.weight[2].any()
 
 
 def test_classifier_starts_with_a_small_head_without_bias(encoder):

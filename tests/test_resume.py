@@ -181,8 +181,9 @@ def test_fine_tuning_stopped_inside_an_epoch_goes_on_bit_for_bit(step, random_fo
     found = resume.load_state(tmp_path / "state")["ft"]
     assert (found["epoch"], found["step"]) == ((step - 1) // 8 + 1, (step - 1) % 8 + 1)
     torch.manual_seed(99)  # whatever the new process drew before
-    resumed, resumed_weights = fine_tuned(random_folder, resume.StateFile.of(tmp_path / "state"))
-    assert resumed == history
+    heard = []
+    resumed, resumed_weights = fine_tuned(random_folder, resume.StateFile.of(tmp_path / "state"), on_epoch=heard.append)
+    assert resumed == history and heard == history[found["epoch"]:]  # nothing is done twice
     assert all(torch.equal(a, b) for a, b in zip(weights, resumed_weights))
 
 
