@@ -60,6 +60,11 @@ EQUIVALENT = {
         "the same JSON on one line",
     ("train.py", "probe", 'if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:',
      ">="): "never exactly equal",
+    ("model.py", "LoRALinear.__init__", "nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))", "pass"):
+        "nn.Linear has drawn it from the same distribution",
+    ("train.py", "probe", 'return done["record"]', "pass"): "of a resumed run, LP is fitted again to the same bits",
+    ("lpft.py", "train_epoch", "batch, labels = to_device(batch, device), labels.to(device, non_blocking=device.type == "
+     '"cuda")', "!="): "on a CPU nothing is copied",
     ("lpft.py", "to_device", 'return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in '
      'batch.items()}', "!="): "on a CPU nothing is copied",
 }

@@ -178,6 +178,12 @@ def test_an_encoder_starts_as_bert_does():
     assert not encoder.word_embeddings.weight[3].any() and encoder.word_embeddings.weight[2].any()
 
 
+def test_every_head_of_attention_gets_the_same_width():
+    with pytest.raises(ValueError, match="hidden_size 64 is not a multiple of num_attention_heads 5"):
+        Encoder(EncoderConfig(vocab_size=9, hidden_size=64, num_hidden_layers=1, num_attention_heads=5,
+                              intermediate_size=8, max_position_embeddings=8))
+
+
 def test_classifier_starts_with_a_small_head_without_bias(encoder):
     head = Classifier(encoder, 500).head
     assert abs(float(head.weight.detach().std()) - 0.02) < 0.001
