@@ -65,6 +65,16 @@ EQUIVALENT = {
     ("train.py", "probe", 'return done["record"]', "pass"): "of a resumed run, LP is fitted again to the same bits",
     ("lpft.py", "train_epoch", "batch, labels = to_device(batch, device), labels.to(device, non_blocking=device.type == "
      '"cuda")', "!="): "on a CPU nothing is copied",
+    ("linear_probe.py", "minimise_logistic", "diagonal = back(probs * (1 - probs), z_squared) + penalty  # (K, C, k + 1)",
+     "/"): "a worse preconditioner, to the same solution",
+    ("linear_probe.py", "minimise_logistic", "precision = grad_norm * (grad_norm * tolerance / goal).sqrt().clamp(max=0.1)"
+     "  # (K,)", "*"): "how exact a step is, not where the search ends",
+    ("linear_probe.py", "minimise_logistic", "if not too_far.any():", "pass"): "nothing is halved in the rounds that follow",
+    ("linear_probe.py", "conjugate_gradients", "for _ in range(1000):", "1001"): "it ends long before",
+    ("model.py", "save_pretrained", 'write_text(directory / name, json.dumps(content, indent=2) + "\\n")', "3"):
+        "the same JSON, indented otherwise",
+    ("lpft.py", "fit_temperature", "scale = float((logits - logits.mean(1, keepdim=True)).square().mean().sqrt())", "+"):
+        "where the search begins, not where it ends",
     ("lpft.py", "to_device", 'return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in '
      'batch.items()}', "!="): "on a CPU nothing is copied",
 }
