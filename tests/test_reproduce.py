@@ -315,15 +315,15 @@ def test_scaled_runs_are_those_of_fig_3_with_the_chosen_rates():
 
 
 def test_a_class_that_only_a_tuning_seed_would_miss_is_found_before_the_first_run(random_folder, tmp_path, capsys):
-    rows = {seed: set(draw(np.arange(60), 20, seed).tolist()) for seed in (1, 2, *reproduce.TUNING_SEEDS)}
+    rows = {seed: set(draw(np.arange(90), 40, seed).tolist()) for seed in (1, 2, *reproduce.TUNING_SEEDS)}
     rare = (rows[1] & rows[2]) - rows[101]
-    text = "text\tlabel\n" + "".join(f"good\t{'no' if i in rare else 'yes'}\n" for i in range(60))
+    text = "text\tlabel\n" + "".join(f"good\t{'no' if i in rare else 'yes'}\n" for i in range(90))
     (tmp_path / "train.tsv").write_text(text)
     for name in ("val", "test"):
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\ngood\tyes\nbad\tno\n")
-    flags = ["--data", str(tmp_path), "--max-train", "20", "--model", str(random_folder), "--ntk", "0", "--seeds", "2"]
+    flags = ["--data", str(tmp_path), "--max-train", "40", "--model", str(random_folder), "--ntk", "0", "--seeds", "2"]
     assert reproduce.main([*flags, "--out", str(tmp_path / "x")]) == 2
-    assert "the 20 training samples drawn with seed 101 have no no" in capsys.readouterr().err
+    assert "the 40 training samples drawn with seed 101 have no no" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     reproduce.check_data(reproduce.parse_args([*flags, "--no-tuning"]))  # then that seed is not drawn
 
