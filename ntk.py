@@ -341,7 +341,7 @@ def spot_check(model, batches, N, pretrain, ft):
     for part, kernel in (("P", pretrain), ("F", ft)):
         own = [name.startswith("head.") == (part == "P") for name in names]
         expected = torch.tensor([[sum(float((x * y).sum()) for x, y in compress(zip(one, other), own))
-                                  for one in gradients] for other in gradients]).double()  # (3, 3)
+                                  for one in gradients] for other in gradients], dtype=torch.double)  # (3, 3)
         scale = expected.diagonal().sqrt().clamp(min=1e-300)
         error = (kernel[n, c][:, n[:2], c[:2]] - expected[:, :2]).abs() / scale[:, None] / scale[:2]
         if not error.max() <= (1e-4 if model.head.weight.dtype == torch.float32 else 1e-9):
