@@ -102,7 +102,7 @@ def empirical_ntk(model, train_batches, test_batches=None):
         print_size(model, train + test, N, r)
         inputs, features = block_inputs(model, train + test)
         walk_blocks(model, inputs, probes, kernel)
-        square = kernel[:N * r].tril()  # its products are of the lower triangle alone
+        square = kernel[:N * r].tril()  # add_gram fills the lower triangle alone
         kernel = torch.cat([square + square.tril(-1).T, kernel[N * r:]]).cpu().view(R, r, N, r)
         ft = torch.einsum("cr,mrns,ds->mcnd", U, kernel, U)  # F, (R, C, N, C)
         pretrain = pretrain_kernel(features, features[:N], C)  # P, (R, C, N, C)
@@ -292,7 +292,7 @@ def check_exactness(model, *batch_lists):
         wrong.append("expected lists of batches, and at least one training batch")
     if torch.is_autocast_enabled(head.weight.device.type) or torch.is_inference_mode_enabled():
         wrong.append("needs full precision and gradients; leave torch.autocast and torch.inference_mode")
-    if type(head) is not nn.Linear or head.bias is None or not all(p.requires_grad for p in head.parameters()):
+    if type(head) is not nn.Linear or len([p for p in head.parameters() if p.requires_grad]) < 2:
         wrong.append("the head is not a Linear with a bias that trains, of which P (Prop. 4.1) is the kernel")
     if head.weight.dtype not in (torch.float32, torch.float64):
         wrong.append(f"the model is in {head.weight.dtype}; expected float32 or float64")
@@ -307,8 +307,8 @@ def check_exactness(model, *batch_lists):
             wrong.append(f"{name} rescales its rows or gradients (max_norm, scale_grad_by_freq)")
         for key, p in module.named_parameters(recurse=False):
             if p.requires_grad and not (known and key in ("weight", "bias")):
-                wrong.append(f"{name} ({type(module).__name__}) owns the parameter {key}; expected weight and "
-                             "bias of Linear, LayerNorm and Embedding alone")
+                wrong.append(f"{name} ({type(module).__name__}) owns the parameter {key}; expected only "
+                             "weight and bias of Linear, LayerNorm and Embedding")
     if wrong:
         raise ValueError(f"NTK: {wrong[0]}")
 
@@ -340,15 +340,14 @@ def spot_check(model, batches, N, pretrain, ft):
                      for i, k in zip(n, c)]
     for part, kernel in (("P", pretrain), ("F", ft)):
         own = [name.startswith("head.") == (part == "P") for name in names]
-        expected = [[sum(float((x * y).sum()) for x, y in compress(zip(row, column), own)) for column in gradients]
-                    for row in gradients]
-        expected = torch.tensor(expected, dtype=torch.double)  # (3, 3)
+        expected = torch.tensor([[sum(float((x * y).sum()) for x, y in compress(zip(one, other), own))
+                                  for one in gradients] for other in gradients], dtype=torch.double)  # (3, 3)
         scale = expected.diagonal().sqrt().clamp(min=1e-300)
         error = (kernel[n, c][:, n[:2], c[:2]] - expected[:, :2]).abs() / scale[:, None] / scale[:2]
         if not error.max() <= (1e-4 if model.head.weight.dtype == torch.float32 else 1e-9):
             raise ArithmeticError(
-                f"NTK: the spot check failed: {part} differs from autograd by {float(error.max()):.2g} of its diagonal. "
-                "Does the model use a parameter outside its own layer, or let samples depend on each other?")
+                f"NTK: the spot check failed: {part} and autograd differ by {float(error.max()):.2g} of the "
+                "diagonal. Does the model use a parameter outside its layer, or one sample see another?")
 
 
 # ---------------------------------------------------------------------------- what the paper measures
@@ -362,8 +361,8 @@ def initial_deltas(logits, labels):
 def predicted_logit_change(ntk, deltas, lr, test=False):
     """eq. (1): lr * sum_i (P + F)(x, x_i) delta_i, for training x (N, C), or with test=True (M, C).
 
-    The first-order effect of one plain gradient step of size lr on the summed loss; deltas (N, C).
-    Training takes Adam steps with clipping and dropout, on batches: eq. (1) and (2) do not describe those.
+    The first-order effect of one gradient step of size lr on the summed loss; deltas (N, C). Training takes
+    Adam steps with clipping and dropout, on batches: eq. (1) and (2) describe one plain gradient step.
     """
     theta = ntk.test_pretrain + ntk.test_ft if test else ntk.pretrain + ntk.ft
     return lr * torch.einsum("mcnd,nd->mc", theta, deltas.double())

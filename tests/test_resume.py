@@ -93,7 +93,7 @@ def stage_of(run, partial=None):
     parts = resume.load_state(run / "state")
     if "ft" in parts:
         return "FT"
-    return "kernel" if "ntk" in parts else "after LP"
+    return "after the kernel" if "ntk" in parts else "kernel"
 
 
 def test_killed_at_random_points_a_run_ends_with_the_same_numbers_and_weights(random_folder, tmp_path):
