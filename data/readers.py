@@ -43,7 +43,7 @@ def find_files(folder):
     paths = {}
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS):
         name = path.stem.removeprefix("ood_")
-        ood = name != path.stem and name not in SPLITS and re.fullmatch(r"[\w-]+", name)
+        ood = name != path.stem and name not in SPLITS.values() and re.fullmatch(r"[\w-]+", name)
         if not (path.stem in SPLITS or ood) or path.suffix not in FORMATS:
             raise ValueError(f"{path}: not a name that is read; expected train, val, test or ood_NAME (NAME of "
                              "letters, digits, _ and -) with .tsv, .csv or .jsonl")
@@ -141,7 +141,8 @@ def decode_lines(lines, name):
             encoding = "UTF-16" if line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "WINDOWS-1252"
             command = f"iconv -f {encoding} -t UTF-8"
             if isinstance(name, Path):  # not standard input
-                command += f" {shlex.quote(str(name))} > {shlex.quote(str(name.with_suffix('.utf8')))}"
+                old, new = (shlex.quote(str(path)) for path in (name, name.with_suffix(".utf8")))
+                command += f" {old} > {new} && mv {new} {old}"
             raise ValueError(f"{name}, line {number}: not UTF-8 text ({error.reason}); if it is {encoding}, "
                              f"this converts it: {command}") from None
 

@@ -125,7 +125,7 @@ FILES = [
     ({"train.csv": GOOD, "train.tsv": GOOD}, "a second file for the split train"),
     ({"train.csv": GOOD, "devel.csv": GOOD}, "devel.csv: not a name that is read"),
     ({"train.csv": GOOD, "dev.csv": GOOD, "validation.csv": GOOD}, "on.csv: a second file for the split val"),
-    ({"train.csv": GOOD, "ood_dev.csv": GOOD}, "ood_dev.csv: not a name that is read"),
+    ({"train.csv": GOOD, "ood_val.csv": GOOD}, "ood_val.csv: not a name that is read"),
     ({"train.csv": GOOD, "test.csv": "text_a,text_b,label\nx,y,a\n"}, "test.csv, line 2: two texts"),
     ({"train.csv": GOOD, "test.csv": "text,label\n"}, "test.csv, line 1: no rows"),
     ({"train.jsonl": '{"text": "x", "label": "a"}\n{"text": "x"\n'}, "train.jsonl, line 2: not JSON"),

@@ -374,6 +374,15 @@ def test_where_no_temperature_is_best_it_stays_one_and_says_why(logits, labels, 
         assert found is None and t != 1 and 0 < np.argmin(losses) < 49
 
 
+def test_one_error_in_a_hundred_or_logits_a_little_better_than_chance_are_enough_for_a_temperature():
+    one_error = 3 * F.one_hot(torch.arange(100) % 2, 2).double()
+    labels = torch.arange(100) % 2
+    labels[0] = 1
+    nearly = torch.tensor([[1.0, 0.0]] * 1000).double()  # 502 right, 498 wrong: 0.4 % of the logits' mean
+    for logits, y in ((one_error, labels), (nearly, (torch.arange(1000) >= 502).long())):
+        assert why_no_temperature(logits, y) is None and fit_temperature(logits, y) != 1
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
 def test_whether_a_temperature_is_best_does_not_depend_on_the_scale_of_the_logits(scale):
     logits = scale * torch.tensor([[2, 0, 0], [0, 1, 0]]).double()

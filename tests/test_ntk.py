@@ -67,7 +67,8 @@ def lp_head():
 
 
 HEADS = {"random": (random_head, 3), "LP": (lp_head, 2), "two classes": (lambda: random_head(2), 2),
-         "rank 1": (lambda: random_head(3)[:, :1] * random_head(1), 1)}
+         "rank 1": (lambda: random_head(3)[:, :1] * random_head(1), 1),
+         "nearly rank 1": (lambda: random_head(3)[:, :1] * random_head(1) + 1e-4 * random_head(), 3)}
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -18,6 +18,7 @@ import lpft
 import ntk
 import predict as predict_command
 import train
+from checkpoint import read_safetensors
 from conftest import LORA
 from data import encode, load_task, tiny
 from data.corpora import CORPORA
@@ -54,6 +55,20 @@ def test_every_method_runs_to_its_table_and_its_files(name, random_folder, tmp_p
     assert json.loads((out / "config.json").read_text())["seed"] == 0
     stages = [json.loads(line)["stage"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert stages == {"lp": ["lp"], "ft": ["ft"] * 3}.get(name.split("-")[0], ["lp"] + ["ft"] * 3)
+
+
+def test_another_seed_is_another_lora_other_dropout_and_other_samples(random_folder, tmp_path):
+    """Runs that shared them would agree more than seeds do, and their standard deviation would be too small."""
+    flags = ["--method", "lpft", *LORA, "--model", str(random_folder), "--max-train", "40", "--max-test", "0",
+             "--epochs", "1", "--lr", "1e-9"]  # nearly where it started
+    results, starts = [], []
+    for seed in ("0", "1"):
+        assert train.main([*flags, "--seed", seed, "--out", str(tmp_path / seed)]) == 0
+        results.append(json.loads((tmp_path / seed / "result.json").read_text()))
+        starts.append(read_safetensors(tmp_path / seed / "model.safetensors"))
+    first, second = (start["encoder.layers.0.attention.query.lora_A.weight"] for start in starts)
+    assert (first - second).norm() > 0.5 * first.norm()
+    assert results[0]["lp"]["head_norm"] != results[1]["lp"]["head_norm"]  # of other samples
 
 
 @pytest.mark.parametrize("device, of_its_own, precision", [
