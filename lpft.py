@@ -299,7 +299,7 @@ def why_no_temperature(logits, labels):
         return ("validation is no better than chance, a label's logit on average no larger than the others, "
                 "so the loss falls all the way to T = infinity")
     if (of_label == logits.amax(1)).all():
-        return "every validation sample is right, so the loss falls all the way to T = 0"
+        return "every validation sample is right or tied, so the loss falls all the way to T = 0"
 
 
 def fit_temperature(logits, labels):

@@ -152,7 +152,7 @@ def read_task(name_or_directory, data_dir=None):
             why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more, or "
                    "a val file" if len(rows) < 20 else
                    f"all of the last tenth of the {len(rows)} rows, to be validation, is {only}; put the "
-                   "rows in random order (such as with shuf, below the header) or add a val file")
+                   "rows in random order or add a val file")
             raise ValueError(f"{where}: the end; there is no val file, and {why}")
         splits["train"], splits["val"] = (source, rows[:kept]), (source, rows[kept:])
         indices["train"], indices["val"] = found[:kept], found[kept:]

@@ -101,7 +101,8 @@ def boss_rows(path):
     """Text and Label as pandas writes them, to_csv(sep="\\t").
 
     The authors' loader drops rows in which pandas finds no text: they, and those with a text of spaces alone,
-    come as (where, None, None, None). Unlike pandas, it refuses a stray quote and a tab in a text.
+    come as (where, None, None, None). Unlike pandas, it refuses a stray quote, a tab in a text, a row that
+    is too short, a line of spaces and a carriage return that ends a line alone.
     """
     for where, row in readers.read_table(path):
         if "text" in row and (row["text"] in MISSING or not row["text"].strip()):

@@ -92,7 +92,7 @@ def text_columns(where, names, found=None):
         if all(name in names for name in columns) and "label" in names:
             return columns
     found = found or f"columns {listing(names)}"
-    raise ValueError(f"{where}: {found}; expected text, or text_a and text_b, and label")
+    raise ValueError(f"{where}: {found}; expected text (or sentence), or text_a and text_b, and label")
 
 
 def texts_of(where, row, name_a, name_b=None):
@@ -186,8 +186,8 @@ def read_table(path):
                     raise ValueError(f"{where}: the header has two columns {twice[0][:60]!r}")
                 continue
             if tabs and any("\t" in cell for cell in cells):
-                raise ValueError(f"{where}: a cell that begins with a quote goes on over a tab; double its "
-                                 "quotes and put it in quotes, or use .jsonl")
+                raise ValueError(f"{where}: a cell in quotes holds a tab, or its quote is never closed; put a "
+                                 "space for the tab, double a quote that is text, or use .jsonl")
             if len(cells) != len(header):
                 raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)}")
             yield where, dict(zip(header, cells))

@@ -92,7 +92,7 @@ FILES = [
      "expected 20 rows or more, or a val file"),
     ({"train.csv": "text,label\n" + rows(*"a" * 20, *"b" * 20)},
      "train.csv, line 41: the end; there is no val file, and all of the last tenth of the 40 rows, to be "
-     "validation, is b; put the rows in random order (such as with shuf, below the header) or add a val "),
+     "validation, is b; put the rows in random order or add a val "),
     ({"train.csv": "text,label\n" + rows(*"ab" * 10) + "a good film,Ab \n" + rows(*["ab", "b"] * 10)},
      "train.csv, line 22: label 'Ab' occurs once, of the text 'a good film', and 'ab' 10 times; correct it, "
      "or, if it is a class of its own, add rows of it"),
@@ -111,11 +111,11 @@ FILES = [
     ({"train.csv": GOOD + '"open,a\n'}, "train.csv, line 42"),
     ({"train.csv": "text\n" + "some text\n" * 5}, "train.csv, line 1: must be the header, and is: text;"),
     ({"train.csv": "txt,label\nsome text,0\n"},
-     "line 1: must be the header, and is: txt, label; expected text, or text_a and text_b, and label"),
+     "line 1: must be the header, and is: txt, label; expected text (or sentence), or text_a and text_b, and label"),
     ({"train.csv": "A film.,1\n" + rows(*"0101")}, "csv, line 1: must be the header, and is: A film., 1;"),
     ({"train.csv": "1,1\n" + rows(*"0101")}, "train.csv, line 1: must be the header, and is: 1, 1;"),
     ({"train.jsonl": '{"txt": "x", "label": "a"}\n'}, "jsonl, line 1: columns txt, label; expected text"),
-    ({"train.csv": "sentences,label\n" + rows(*"abab")}, "expected text, or text_a and text_b, and label"),
+    ({"train.csv": "sentences,label\n" + rows(*"abab")}, "expected text (or sentence), or text_a and text_b, and label"),
     ({"train.csv": "text,text,label\nx,y,a\n"}, "the header has two columns 'text'"),
     ({"train.csv": GOOD.encode() + b"caf\xe9,a\n"},
      "train.csv, line 42: not UTF-8 text (invalid continuation byte); "

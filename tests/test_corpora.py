@@ -329,7 +329,7 @@ def test_a_cell_in_quotes_may_go_on_over_several_lines(tmp_path):
         assert list(readers.read_rows(path)) == [(f"{path}, line 2", 'one\ntwo "2"\r\n', None, "x"),
                                                  (f"{path}, line 6", "next", None, "y")]
     path.with_suffix(".tsv").write_text('text\tlabel\n"good\tx\nbad"\ty\nfine\tx\n')
-    with pytest.raises(ValueError, match="line 2: a cell that begins with a quote goes on over a tab"):
+    with pytest.raises(ValueError, match="line 2: a cell in quotes holds a tab, or its quote is never closed"):
         list(readers.read_rows(path.with_suffix(".tsv")))
 
 

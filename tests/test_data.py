@@ -228,7 +228,7 @@ BAD_FILES = [
     ("train.csv", b"text,label\nfine,0\ngood,\n", "line 3: label is ''"),
     ("train.csv", b'text,label\nfine,0\n"good,1\n', "line 3: a quote .* is never closed"),
     ("train.csv", b"review,label\nfine,0\n", "line 1: .* is: review, label; expected text"),
-    ("train.csv", b"text,class\nfine,0\n", "line 1: .* is: text, class; expected text, .* and label"),
+    ("train.csv", b"text,class\nfine,0\n", "line 1: .* is: text, class; expected text .* and label"),
     ("train.csv", b"", "line 1: no rows"),
     ("train.csv", b"text,label\nfine,0\ngood,0\n", "line 3: the end of the file; '0' is its only label"),
     ("train.csv", b"text,label\nfine,0\ngood,1\n", "line 3: the end; .* too few for validation"),
@@ -265,6 +265,17 @@ def test_a_label_that_looks_like_a_typo_is_named_with_its_text(tmp_path, odd, fr
         assert odd in read_task(tmp_path).labels
     write_rows(tmp_path / "train.jsonl", rows + [{"text": "the odd one", "label": odd}] * 2 + rows)
     assert odd in read_task(tmp_path).labels
+
+
+def test_a_rare_label_is_no_pattern_for_typos(tmp_path):
+    """Beside one that occurs 4 times, a single similar one may be a class of its own; beside 5, it is refused."""
+    for count in (4, 5):
+        labels = ["positive"] * count + ["other"] * 20 + ["postive"] + ["other", "neither"] * 2
+        write_rows(tmp_path / "train.jsonl", [{"text": "x", "label": label} for label in labels])
+        if count == 4:
+            assert "postive" in read_task(tmp_path).labels
+    with pytest.raises(ValueError, match="label 'postive' occurs once"):
+        read_task(tmp_path)
 
 
 def test_a_label_that_training_does_not_know_is_refused(tmp_path):

@@ -30,7 +30,7 @@ def run(request, random_folder, tmp_path_factory):
     """(run folder, exported folder) of a short run, with and without LoRA."""
     folder = tmp_path_factory.mktemp("run") / request.param
     assert train.main(["--method", "lpft", "--model", str(random_folder), "--data", "tiny-plain", "--epochs", "2",
-                       "--lr", "2e-3", "--out", str(folder), "--export", f"{folder}-export"]
+                       "--lr", "2e-3", "--max-length", "64", "--out", str(folder), "--export", f"{folder}-export"]
                       + LORA * (request.param == "lora")) == 0
     return folder, folder.with_name(f"{folder.name}-export")
 
@@ -263,7 +263,7 @@ def test_the_exported_tokenizer_gives_the_same_ids(run):
     _, tokenizer, _ = load_classifier(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(exported)
     for a, b in (("the screen was GOOD .", None), ("Café the screen", "was Bad ."), ("good " * 300, "bad " * 300)):
-        ours = encode(tokenizer, [(a, b, 0)], 128)[0]
+        ours = encode(tokenizer, [(a, b, 0)], 64)[0]
         expected = theirs(a, b, truncation="longest_first")
         assert ours["input_ids"] == expected["input_ids"]
         assert ours["token_type_ids"] == expected["token_type_ids"]

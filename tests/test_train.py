@@ -115,7 +115,7 @@ def test_where_all_of_validation_is_right_t_is_one_and_the_table_says_why(all_ri
     """The loss falls all the way to T = 0, at which predictions would be certain."""
     folder, printed = all_right
     result = json.loads((folder / "result.json").read_text())
-    reason = "every validation sample is right, so the loss falls all the way to T = 0"
+    reason = "every validation sample is right or tied, so the loss falls all the way to T = 0"
     assert result["val_accuracy"] == result["temperature"] == 1 and result["temperature_reason"] == reason
     of_test = result["calibration"]["test"]
     assert of_test["ece_scaled"] == of_test["ece"] > 0 and of_test["mce_scaled"] == of_test["mce"]
@@ -293,6 +293,13 @@ def test_lp_computes_no_features_twice(random_folder, tmp_path, monkeypatch):
     assert result["accuracy"]["test"] == accuracy(logits, seen[2].labels)
     assert result["features"]["test"] == feature_statistics(features, features, seen[2].labels)
     assert result["val_accuracy"] == accuracy(predict(model, seen[1])[1], seen[1].labels)
+
+
+def test_an_ordinary_gap_between_train_and_val_gets_no_hint(finished):
+    folder = finished("cola", "lp")
+    record = json.loads((folder / "result.json").read_text())["lp"]
+    assert 0.05 < record["train_accuracy"] - record["val_accuracy"] < 0.2
+    assert "try --lp-scoring" not in folder.with_suffix(".txt").read_text()
 
 
 @pytest.mark.parametrize("flags, hint", [([], True), (["--lp-scoring", "log-loss"], False),
