@@ -391,6 +391,14 @@ def test_whether_a_temperature_is_best_does_not_depend_on_the_scale_of_the_logit
     assert "no better than chance" in why_no_temperature(logits, torch.tensor([1, 2]))
 
 
+def test_exactly_at_chance_rounding_decides_nothing():
+    """Each text once with every label: the labels' logits are the mean, up to rounding, also of float32 logits."""
+    for seed in range(20):
+        logits = torch.randn(30, 3, generator=torch.Generator().manual_seed(seed)).repeat_interleave(3, 0)
+        labels = torch.arange(3).repeat(30)
+        assert "no better than chance" in why_no_temperature(logits, labels) and fit_temperature(logits, labels) == 1
+
+
 def test_no_temperature_is_best_exactly_where_the_loss_has_no_minimum():
     """Convex in 1 / T, it has one iff it falls at 1 / T = 0 and rises far out: differences of losses say."""
     generator, reasons = torch.Generator().manual_seed(0), []
