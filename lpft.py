@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import evaluation_batches, training_batches
 from linear_probe import fit_linear_probe  # noqa: F401  the LP half of LP-FT, offered from here
-from resume import random_state, set_random_state, unbroken
+from plumbing.run_folder import random_state, set_random_state, unbroken
 
 # ---------------------------------------------------------------------------- linear probing
 

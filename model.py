@@ -21,8 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import find_checkpoint, read_json, read_tokenizer, read_weights, write_safetensors
-from resume import write_text
+from plumbing.checkpoint import find_checkpoint, read_json, read_tokenizer, read_weights, write_safetensors
+from plumbing.run_folder import write_text
 
 
 @dataclass

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import count_unknown, encode
 from data.readers import decode_lines
-from export import load_classifier
+from plumbing.export import load_classifier
 from lpft import predict
 from train import choose_device
 

@@ -34,17 +34,17 @@ import torch
 from tqdm import tqdm
 
 import ntk
-import pretrain
-from checkpoint import read_json
+from lab import pretrain
+from plumbing.checkpoint import read_json
 from data import count_unknown, evaluation_batches, load_task, read_task, tiny
 from data.corpora import CORPORA
-from export import export_classifier, save_classifier
+from plumbing.export import export_classifier, save_classifier
 from linear_probe import LinearProbe
 from lpft import (METRICS, NotFinite, accuracy, calibration_error, device_of, feature_statistics, fine_tune,
                   fit_linear_probe, fit_temperature, logits_of, mixed_precision, predict, set_head, to_device,
                   why_no_temperature)
 from model import Classifier, add_lora, count_parameters, load_pretrained
-from resume import UNFINISHED, StateFile, claim_folders, memory_advice, release_folders, status_of, write_whole
+from plumbing.run_folder import UNFINISHED, StateFile, claim_folders, memory_advice, release_folders, status_of, write_whole
 
 STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA)
 # (batch size, learning rate) of the FT stage by task. For tiny and tiny-plain chosen on validation

@@ -31,9 +31,9 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import lpft
-import pretrain
+from lab import pretrain
 from data import Split, Task, tiny
-from export import export_classifier, save_classifier
+from plumbing.export import export_classifier, save_classifier
 from model import Classifier, Encoder, EncoderConfig, add_lora
 from ntk import add_gram, empirical_ntk
 from ntk_vs_torch_func import cut, make_samples, torch_func

@@ -33,7 +33,7 @@ import torch
 from torch.func import functional_call, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import pretrain
+from lab import pretrain
 from model import Classifier, Encoder, load_pretrained
 from ntk import empirical_ntk
 

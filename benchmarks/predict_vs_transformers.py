@@ -28,10 +28,10 @@ import torch
 import transformers
 
 import predict
-from checkpoint import read_safetensors
+from plumbing.checkpoint import read_safetensors
 from data import Task
 from data.corpora import CORPORA, corpus_sources
-from export import export_classifier, save_classifier
+from plumbing.export import export_classifier, save_classifier
 from model import Classifier, load_pretrained
 
 BATCH, LENGTH, CHUNK = 64, 128, predict.CHUNK

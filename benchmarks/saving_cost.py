@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import resume
+from plumbing import run_folder
 import train
 
 
@@ -25,7 +25,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7, help="runs of each kind (default: %(default)s)")
     repeats = parser.parse_args().repeats
-    save, fsync, inside = resume.StateFile.save, resume.os.fsync, []
+    save, fsync, inside = run_folder.StateFile.save, run_folder.os.fsync, []
 
     def timed_save(self, **parts):
         started = time.perf_counter()
@@ -38,8 +38,8 @@ def main():
     seconds = {True: [], False: []}
     for number in range(2 * repeats + 2):
         saving = number % 2 == 0
-        resume.StateFile.save = timed_save if saving else no_save
-        resume.os.fsync = fsync if saving else lambda handle: None
+        run_folder.StateFile.save = timed_save if saving else no_save
+        run_folder.os.fsync = fsync if saving else lambda handle: None
         inside.append([])
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
                 contextlib.redirect_stderr(io.StringIO()):

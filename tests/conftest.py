@@ -16,7 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
 import pytest
 import torch
 
-import pretrain
+from lab import pretrain
 import train
 from data import tiny
 from data.corpora import corpus_sources

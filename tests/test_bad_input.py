@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from checkpoint import read_safetensors, write_safetensors
+from plumbing.checkpoint import read_safetensors, write_safetensors
 
 # (flags, what the line says); the model is a random tiny encoder, the data the embedded task
 FLAGS = [

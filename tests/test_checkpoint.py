@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from checkpoint import read_safetensors, read_weights, write_safetensors
+from plumbing.checkpoint import read_safetensors, read_weights, write_safetensors
 from model import check_config, load_pretrained
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3, dtype=torch.float16),

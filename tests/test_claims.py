@@ -6,10 +6,10 @@ import pytest
 from scipy import stats
 from scipy.stats import linregress
 
-import claims
-import report
-import reproduce
-from report import METHODS
+from lab import claims
+from lab import report
+from lab import reproduce
+from lab.report import METHODS
 
 SPLITS = ("test", "web", "news")
 

@@ -15,11 +15,11 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import predict
-import resume
+from plumbing import run_folder
 import train
 from conftest import LORA
 from data import count_unknown, encode, tiny
-from export import load_classifier, lora_settings
+from plumbing.export import load_classifier, lora_settings
 from model import LoRALinear
 
 TEXTS = [text for text, _ in tiny.load("tiny")["test"][:40]]
@@ -296,10 +296,10 @@ def test_a_refused_command_leaves_every_file_that_was_there(random_folder, tmp_p
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     args = train.parse_args(["--out", str(tmp_path / "run")])
-    lock, made = resume.claim_folders(args)
+    lock, made = run_folder.claim_folders(args)
     assert train.main(["--model", str(random_folder), "--out", str(tmp_path / "run")]) == 2
     assert (tmp_path / "run" / "lock").exists() and made == [tmp_path / "run"]
-    resume.release_folders(args, lock, made)
+    run_folder.release_folders(args, lock, made)
     assert not (tmp_path / "run").exists()
 
 

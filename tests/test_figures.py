@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import figures
-from report import METHODS
+from lab import figures
+from lab.report import METHODS
 
 
 def write_run(out, run, records=(), **kernel):

@@ -7,12 +7,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoint import read_json, read_safetensors, read_tokenizer, write_safetensors
+from plumbing.checkpoint import read_json, read_safetensors, read_tokenizer, write_safetensors
 from data import encode, readers, tiny
 from data.corpora import CORPORA
-from export import load_classifier
+from plumbing.export import load_classifier
 from predict import read_texts
-from resume import load_state, save_state
+from plumbing.run_folder import load_state, save_state
 
 FEW, MANY = 50, 2000  # cases of each test: in the suite, in the slow suite
 ALPHABET = st.sampled_from(["text", "label", "text_a", "a", "b", "\t", ",", '"', "\n", "\r", "\r\n", " ", "\ufeff", "\0", "é",

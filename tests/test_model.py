@@ -309,7 +309,7 @@ def test_old_names_and_pickled_tensors_load_alike(minilm, tmp_path):
     (lambda s: s.update({"embeddings.LayerNorm.bias": torch.zeros(7)}), r"embeddings.LayerNorm.*\(7,\)"),
 ])
 def test_a_tensor_missing_left_over_or_misshapen_is_named(random_folder, tmp_path, change, message):
-    from checkpoint import read_safetensors, write_safetensors
+    from plumbing.checkpoint import read_safetensors, write_safetensors
     state = read_safetensors(random_folder / "model.safetensors")
     change(state)
     write_safetensors(tmp_path / "model.safetensors", state)

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import PredefinedSplit, StratifiedKFold
 
 import ntk as ntk_file
-import pretrain
+from lab import pretrain
 from data import encode, tiny
 from model import Classifier, Encoder, LoRALinear, add_lora, load_pretrained
 from ntk import (empirical_ntk, ft_ratio, initial_deltas, kernel_regression, kernel_statistics,

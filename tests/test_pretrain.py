@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import pretrain
+from lab import pretrain
 from data import encode, tiny
 from model import load_pretrained
 

@@ -10,10 +10,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lpft
-import pretrain
+from lab import pretrain
 import train as command
 from data import load_task, tiny, training_batches
-from export import lora_settings
+from plumbing.export import lora_settings
 from lpft import fine_tune, predict
 from model import Classifier, Encoder, LoRALinear, add_lora, load_pretrained
 from train import parse_args, pick_ntk_samples

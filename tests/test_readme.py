@@ -15,15 +15,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"python train\.py ([^\n`]*)", README)
 
 
-def test_the_file_map_lists_every_file_with_its_length():
-    """To within ten lines."""
-    listed = {name: int(lines) for name, lines in re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.M)}
-    files = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]
-    actual = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in files}
-    assert listed.keys() == actual.keys()
-    assert all(abs(listed[name] - lines) <= 10 for name, lines in actual.items()), actual
-
-
 def test_the_same_seed_promises_no_more_than_can_be_kept(capsys):
     """Another processor, a GPU or another number of threads adds in another order."""
     with pytest.raises(SystemExit):

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import claims
-import figures
-import report
-import reproduce
+from lab import claims
+from lab import figures
+from lab import report
+from lab import reproduce
 import train
 from data import draw
-from resume import lock_folder, take_lock
+from plumbing.run_folder import lock_folder, take_lock
 from test_claims import made_up
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def folder(random_folder, tmp_path_factory):
-    """Runs of every method and two seeds, as reproduce.py leaves them."""
+    """Runs of every method and two seeds, as lab.reproduce leaves them."""
     out = tmp_path_factory.mktemp("reproduction")
     args = reproduce.parse_args(["--model", str(random_folder), "--data", "tiny-plain", "--max-train", "60", "--max-test",
                                  "80", "--epochs", "1", "--seeds", "2", "--ntk", "20", "--scales", "1", "10", "--out", str(out)])
@@ -228,7 +228,7 @@ def test_without_figure_packages_the_tables_still_come(folder, written, tmp_path
     for name in ("matplotlib", "sklearn"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('No module named {name}')")
     (folder / "report.md").unlink()
-    done = subprocess.run([sys.executable, "report.py", str(folder)], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "lab.report", str(folder)], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert "pip install -r requirements-dev.txt" in done.stdout and (folder / "report.md").is_file()
@@ -240,7 +240,7 @@ def test_a_killed_reproduction_goes_on_and_repeats_nothing(random_folder, tmp_pa
                                  "2", "--jobs", "1", "--out", str(tmp_path)])
     runs = {name: flags for name, flags in reproduce.main_runs(args, {}).items() if name.startswith("LP-seed")}
     (tmp_path / "runs").mkdir()
-    code = (f"import reproduce, json\nargs = reproduce.parse_args({['--jobs', '1', '--out', str(tmp_path)]!r})\n"
+    code = (f"from lab import reproduce; import json\nargs = reproduce.parse_args({['--jobs', '1', '--out', str(tmp_path)]!r})\n"
             f"reproduce.run_all(args, {runs!r})")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL,
                                start_new_session=True)
@@ -387,10 +387,10 @@ def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch
 
 
 def test_a_run_that_outlived_its_parent_is_waited_for(tmp_path, monkeypatch):
-    """reproduce.py was killed, train.py was not: when it has ended, its folder is gone on with."""
+    """lab.reproduce was killed, train.py was not: when it has ended, its folder is gone on with."""
     args, partial = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one.partial"
     partial.mkdir(parents=True)
-    code = f"import resume, time; lock = resume.lock_folder({str(partial)!r}); print(flush=True); time.sleep(1)"
+    code = f"from plumbing import run_folder; import time; lock = run_folder.lock_folder({str(partial)!r}); print(flush=True); time.sleep(1)"
     orphan = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     orphan.stdout.readline()
     states = []
@@ -570,7 +570,7 @@ def test_without_tuning_rates_are_those_of_train_py(made_up_runs, tmp_path):
     ("runs/LP-seed1/config.json", "{", "LP-seed1/config.json: not a JSON file"),
     ("runs/LP-seed1/result.json", '{"metric": "accuracy", "val_accuracy": 1, "accuracy": {"web": 1}}', "no test split"),
     ("runs/FT-seed1/flags.json", "{", "FT-seed1/flags.json: not the flags of a run"),
-    ("plan.json", "{}", "plan.json: not what reproduce.py writes"),
+    ("plan.json", "{}", "plan.json: not what lab.reproduce writes"),
     ("plan.json", None, "holds no plan.json"),
 ])
 def test_a_damaged_file_is_one_line_with_its_name(made_up_runs, tmp_path, capsys, file, content, said):

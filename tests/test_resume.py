@@ -18,13 +18,13 @@ import torch
 
 import lpft
 import ntk
-import pretrain
-import resume
+from lab import pretrain
+from plumbing import run_folder
 import train
-from checkpoint import write_safetensors
+from plumbing.checkpoint import write_safetensors
 from conftest import LORA
 from data import load_task
-from export import load_classifier
+from plumbing.export import load_classifier
 from model import Classifier, load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def stage_of(run, partial=None):
         return "pre-training"
     if not (run / "state").exists():
         return "start or LP"
-    parts = resume.load_state(run / "state")
+    parts = run_folder.load_state(run / "state")
     if "ft" in parts:
         return "FT"
     return "after the kernel" if "ntk" in parts else "kernel"
@@ -127,7 +127,7 @@ class Stop(KeyboardInterrupt):
     pass
 
 
-class StoppingState(resume.StateFile):
+class StoppingState(run_folder.StateFile):
     """Saves whenever it is asked whether to, and presses Ctrl-C when asked for the n-th time."""
 
     def __init__(self, path, n):
@@ -157,7 +157,7 @@ def test_the_best_epoch_so_far_survives_a_stop_in_a_later_one(random_folder, tmp
     _, best = fine_tuned(random_folder, metric="falling")
     with pytest.raises(Stop):
         fine_tuned(random_folder, StoppingState(tmp_path / "state", 13), metric="falling")
-    _, resumed = fine_tuned(random_folder, resume.StateFile.of(tmp_path / "state"), metric="falling")
+    _, resumed = fine_tuned(random_folder, run_folder.StateFile.of(tmp_path / "state"), metric="falling")
     assert all(torch.equal(a, b) for a, b in zip(best, resumed))
 
 
@@ -168,8 +168,8 @@ def test_an_epoch_is_saved_before_anybody_hears_of_it(random_folder, tmp_path):
             raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        fine_tuned(random_folder, resume.StateFile(tmp_path / "state"), on_epoch=on_epoch)
-    assert resume.load_state(tmp_path / "state")["ft"]["epoch"] == 2
+        fine_tuned(random_folder, run_folder.StateFile(tmp_path / "state"), on_epoch=on_epoch)
+    assert run_folder.load_state(tmp_path / "state")["ft"]["epoch"] == 2
 
 
 @pytest.mark.parametrize("step", [1, 5, 8, 13])
@@ -178,11 +178,11 @@ def test_fine_tuning_stopped_inside_an_epoch_goes_on_bit_for_bit(step, random_fo
     history, weights = fine_tuned(random_folder)
     with pytest.raises(Stop):
         fine_tuned(random_folder, StoppingState(tmp_path / "state", step))
-    found = resume.load_state(tmp_path / "state")["ft"]
+    found = run_folder.load_state(tmp_path / "state")["ft"]
     assert (found["epoch"], found["step"]) == ((step - 1) // 8 + 1, (step - 1) % 8 + 1)
     torch.manual_seed(99)  # whatever the new process drew before
     heard = []
-    resumed, resumed_weights = fine_tuned(random_folder, resume.StateFile.of(tmp_path / "state"), on_epoch=heard.append)
+    resumed, resumed_weights = fine_tuned(random_folder, run_folder.StateFile.of(tmp_path / "state"), on_epoch=heard.append)
     assert resumed == history and heard == history[found["epoch"]:]  # nothing is done twice
     assert all(torch.equal(a, b) for a, b in zip(weights, resumed_weights))
 
@@ -198,8 +198,8 @@ def test_pre_training_goes_on_bit_for_bit(tmp_path):
     whole = pretrain.pretrain(few)
     with pytest.raises(Stop):
         pretrain.pretrain(few, StoppingState(tmp_path / "state", 6))
-    assert resume.load_state(tmp_path / "state")["step"] == 6
-    again = pretrain.pretrain(few, resume.StateFile.of(tmp_path / "state"))
+    assert run_folder.load_state(tmp_path / "state")["step"] == 6
+    again = pretrain.pretrain(few, run_folder.StateFile.of(tmp_path / "state"))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
 
 
@@ -208,7 +208,7 @@ def test_ctrl_c_and_sigterm_wait_for_the_end_of_the_step(name):
     done, before = [], signal.signal(name, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            with resume.unbroken():
+            with run_folder.unbroken():
                 signal.raise_signal(name)
                 done.append("the rest of the step")
         assert done and signal.getsignal(name) is signal.default_int_handler
@@ -220,7 +220,7 @@ def test_a_signal_that_is_ignored_hides_no_other():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(KeyboardInterrupt):
-            with resume.unbroken():
+            with run_folder.unbroken():
                 signal.raise_signal(signal.SIGTERM)
                 signal.raise_signal(signal.SIGINT)
     finally:
@@ -229,9 +229,9 @@ def test_a_signal_that_is_ignored_hides_no_other():
 
 def test_saving_inside_an_epoch_waits_for_its_time_and_thirty_times_what_it_costs(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(resume, "save_state", lambda path, state: now.__setitem__(0, now[0] + 2))
-    state = resume.StateFile(tmp_path / "state", every=10)
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_folder, "save_state", lambda path, state: now.__setitem__(0, now[0] + 2))
+    state = run_folder.StateFile(tmp_path / "state", every=10)
     assert not state.due()
     now[0] = 110
     assert state.due()
@@ -242,14 +242,14 @@ def test_saving_inside_an_epoch_waits_for_its_time_and_thirty_times_what_it_cost
 
 
 def test_the_seconds_of_all_processes_add_up(tmp_path):
-    state = resume.StateFile(tmp_path / "state", {"seconds": 50.0})
+    state = run_folder.StateFile(tmp_path / "state", {"seconds": 50.0})
     state.save()
-    assert 50 <= resume.load_state(tmp_path / "state")["seconds"] < 60 and 50 <= state.seconds() < 60
+    assert 50 <= run_folder.load_state(tmp_path / "state")["seconds"] < 60 and 50 <= state.seconds() < 60
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name_and_otherwise_the_old_one_stays(tmp_path, monkeypatch):
     synced, path = [], tmp_path / "model.safetensors"
-    monkeypatch.setattr(resume.os, "fsync", lambda handle: synced.append(path.exists()))
+    monkeypatch.setattr(run_folder.os, "fsync", lambda handle: synced.append(path.exists()))
     write_safetensors(path, {"x": torch.ones(3)})
     assert synced == [False]
     before = path.read_bytes()
@@ -271,7 +271,7 @@ class Broken:
 
 
 def test_ctrl_c_while_saving_is_an_interruption_with_a_whole_state(tmp_path, monkeypatch):
-    write, pressed = resume.Hashing.write, []
+    write, pressed = run_folder.Hashing.write, []
 
     def interrupted_write(self, data):
         if not pressed:
@@ -279,15 +279,15 @@ def test_ctrl_c_while_saving_is_an_interruption_with_a_whole_state(tmp_path, mon
             signal.raise_signal(signal.SIGINT)
         return write(self, data)
 
-    monkeypatch.setattr(resume.Hashing, "write", interrupted_write)
+    monkeypatch.setattr(run_folder.Hashing, "write", interrupted_write)
     with pytest.raises(KeyboardInterrupt):
-        resume.save_state(tmp_path / "state", {"x": torch.ones(5)})
-    assert torch.equal(resume.load_state(tmp_path / "state")["x"], torch.ones(5))
+        run_folder.save_state(tmp_path / "state", {"x": torch.ones(5)})
+    assert torch.equal(run_folder.load_state(tmp_path / "state")["x"], torch.ones(5))
 
 
 def test_who_waits_for_the_tiny_encoder_gets_the_one_that_the_other_made(tmp_path):
     """Three processes at once: one trains, all have it, none trains again."""
-    code = ("import pretrain, sys; from pathlib import Path\n"
+    code = ("from lab import pretrain; import sys; from pathlib import Path\n"
             "pretrain.tiny_encoder(pretrain.Settings(documents=200, steps=20, gate=0.0), Path(sys.argv[1]))")
     processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                                   stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(3)]
@@ -307,7 +307,7 @@ def unfinished(random_folder, tmp_path_factory):
     """A run that got SIGTERM, as a cluster sends it, in its FT stage."""
     home = tmp_path_factory.mktemp("unfinished")
     process = start(["--model", random_folder, "--epochs", "200", "--out", "run"], home)
-    while not (home / "run" / "state").exists() or "ft" not in resume.load_state(home / "run" / "state"):
+    while not (home / "run" / "state").exists() or "ft" not in run_folder.load_state(home / "run" / "state"):
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -345,7 +345,7 @@ def test_an_interrupted_run_says_how_to_go_on(unfinished):
 
 def test_a_finished_run_is_not_repeated_and_a_running_one_not_shared(unfinished, random_folder, tmp_path, capsys):
     run = copy_of(unfinished, tmp_path)
-    lock = resume.lock_folder(run)
+    lock = run_folder.lock_folder(run)
     assert "another process that is still running" in refusal(["--resume", run], capsys)
     lock.release()
     assert f"or --resume {run}" in refusal(["--out", run], capsys)
@@ -404,10 +404,10 @@ def test_an_export_of_another_run_is_not_overwritten(unfinished, random_folder, 
     export.mkdir()
     (export / "config.json").write_text("precious")
     assert "not of this run" in refusal(["--resume", run], capsys)
-    (export / resume.UNFINISHED).write_text(str(tmp_path / "another"))
+    (export / run_folder.UNFINISHED).write_text(str(tmp_path / "another"))
     assert "not of this run" in refusal(["--resume", run], capsys)
     flags = ["--model", random_folder, "--method", "lp", "--out", tmp_path / "new", "--export", tmp_path / "own"]
-    assert train.main([*map(str, flags)]) == 0 and not (tmp_path / "own" / resume.UNFINISHED).exists()
+    assert train.main([*map(str, flags)]) == 0 and not (tmp_path / "own" / run_folder.UNFINISHED).exists()
 
 
 @pytest.mark.parametrize("change, said", [
@@ -422,22 +422,22 @@ def test_a_config_that_is_not_of_a_run_is_refused(change, said, unfinished, tmp_
 
 def test_a_state_without_a_start_is_not_one_of_a_run(unfinished, tmp_path, capsys):
     run = copy_of(unfinished, tmp_path)
-    resume.save_state(run / "state", {"step": 5})  # of pre-training, say
+    run_folder.save_state(run / "state", {"step": 5})  # of pre-training, say
     assert "was saved with --batch-size None" in refusal(["--resume", run], capsys)
 
 
 def test_a_state_of_other_weights_is_refused(unfinished, tmp_path, capsys):
     run = copy_of(unfinished, tmp_path)
-    state = resume.load_state(run / "state")
+    state = run_folder.load_state(run / "state")
     state["start"]["data and encoder"] = "another"
-    resume.save_state(run / "state", state)
+    run_folder.save_state(run / "state", state)
     assert "with data and encoder another" in refusal(["--resume", run], capsys)
 
 
 def test_a_state_of_another_version_is_refused(unfinished, tmp_path, capsys, monkeypatch):
     run = copy_of(unfinished, tmp_path)
-    version = resume.VERSION
-    monkeypatch.setattr(resume, "VERSION", 0)
+    version = run_folder.VERSION
+    monkeypatch.setattr(run_folder, "VERSION", 0)
     assert f"of version {version}, this is 0" in refusal(["--resume", run], capsys)
 
 
@@ -450,7 +450,7 @@ def test_a_damaged_state_is_refused_wherever_it_is_damaged(unfinished, tmp_path,
             whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1:])
         (run / "state").write_bytes(damaged)
         with pytest.raises(ValueError, match="cut or damaged"):
-            resume.load_state(run / "state")
+            run_folder.load_state(run / "state")
     assert "cut or damaged" in refusal(["--resume", run], capsys)
     assert (run / "state").read_bytes() == damaged  # and left for whoever wants to look
 
@@ -464,7 +464,7 @@ def test_code_in_a_state_is_not_run(unfinished, tmp_path, capsys):
             return os.mkdir, (str(trap),)
 
     buffer = io.BytesIO()
-    torch.save({"version": resume.VERSION, "torch": str(torch.__version__), "lp": Trap()}, buffer)
+    torch.save({"version": run_folder.VERSION, "torch": str(torch.__version__), "lp": Trap()}, buffer)
     for data in (pickle.dumps(Trap()), buffer.getvalue()):
         (run / "state").write_bytes(data + hashlib.sha256(data).digest())
         assert "not a state that train.py wrote" in refusal(["--resume", run], capsys)
@@ -479,7 +479,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(unfinished, tmp_
         resource.RLIMIT_FSIZE, (size // 2, size // 2)))
     assert status == 1 and "File too large" in err.splitlines()[-1] and "Traceback" not in err
     assert "state" in err.splitlines()[-1]
-    resume.load_state(run / "state")
+    run_folder.load_state(run / "state")
     assert not list(run.glob("*.tmp"))
 
 
@@ -504,7 +504,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_with_the_best_weights_befor
 
 def test_ctrl_c_in_a_step_that_is_not_finite_keeps_the_best_weights_too(random_folder, tmp_path):
     """Saving refuses the state, and that refusal counts as the loss does."""
-    state = resume.StateFile(tmp_path / "state")
+    state = run_folder.StateFile(tmp_path / "state")
 
     def on_epoch(record):
         if record["epoch"] == 1:
@@ -525,7 +525,7 @@ def test_ctrl_c_in_a_step_that_is_not_finite_keeps_the_best_weights_too(random_f
     finally:
         torch.nn.utils.clip_grad_norm_ = clip
     assert end.value.kept_epoch == 1
-    assert resume.load_state(tmp_path / "state")["ft"]["epoch"] == 2  # the last good one
+    assert run_folder.load_state(tmp_path / "state")["ft"]["epoch"] == 2  # the last good one
 
 
 def test_memory_that_runs_out_is_one_line_with_what_to_lower(random_folder, tmp_path, capsys, monkeypatch):

@@ -18,11 +18,11 @@ import lpft
 import ntk
 import predict as predict_command
 import train
-from checkpoint import read_safetensors
+from plumbing.checkpoint import read_safetensors
 from conftest import LORA
 from data import encode, load_task, tiny
 from data.corpora import CORPORA
-from export import load_classifier
+from plumbing.export import load_classifier
 from lpft import accuracy, feature_statistics, predict
 from model import Classifier, add_lora, load_pretrained
 

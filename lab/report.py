@@ -1,6 +1,6 @@
-"""Tables, figures and verdicts of a folder of runs that reproduce.py made.
+"""Tables, figures and verdicts of a folder of runs that lab.reproduce made.
 
-    python report.py reproduction/tiny-tiny
+    python -m lab.report reproduction/tiny-tiny
 
 writes into the folder report.md, report.html (one file with everything in it), tables.json (every number,
 the key it has in the result.json files, and these files) and figures/. In order: what is there
@@ -17,9 +17,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from checkpoint import read_json
-from claims import judge, look_up, scale_names
-from resume import status_of, write_text
+from plumbing.checkpoint import read_json
+from lab.claims import judge, look_up, scale_names
+from plumbing.run_folder import status_of, write_text
 
 METHODS = {"LP": ("lp", False), "FT": ("ft", False), "LoRA": ("ft", True), "LP-FT": ("lpft", False),
            "LP-LoRA": ("lpft", True)}  # (train.py's --method, --lora)
@@ -269,12 +269,12 @@ def write_report(out):
 
 def read_plan(out):
     if not (out / PLAN).is_file():
-        raise ValueError(f"{out}: holds no {PLAN}; expected the --out of reproduce.py, its tuning runs finished")
+        raise ValueError(f"{out}: holds no {PLAN}; expected the --out of lab.reproduce, its tuning runs finished")
     plan = read_json(out / PLAN)
     if not (isinstance(plan.get("command"), str) and isinstance(plan.get("seeds"), int)
             and isinstance(plan.get("tuning"), list) and isinstance(plan.get("rates"), dict)
             and isinstance(plan.get("runs"), list)):
-        raise ValueError(f"{out / PLAN}: not what reproduce.py writes")
+        raise ValueError(f"{out / PLAN}: not what lab.reproduce writes")
     return plan
 
 
@@ -318,7 +318,7 @@ def introduction(out, plan, tuning, first, seeds):
 def draw_figures(out, results, most):
     """({title: file name without suffix, under figures/}, why others could not be drawn)."""
     try:
-        import figures
+        from lab import figures
     except ImportError as error:
         return {}, [f"any figure: {error}; pip install -r requirements-dev.txt"]
     return figures.make_all(out, results, most)
@@ -436,14 +436,14 @@ def as_html(title, intro, judged, filled, figures, commands, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Tables, figures and verdicts of a folder that reproduce.py made.")
+    parser = argparse.ArgumentParser(description="Tables, figures and verdicts of a folder that lab.reproduce made.")
     parser.add_argument("folder", type=Path, help="the --out of reproduce.py")
     args = parser.parse_args(argv)
     try:
         write_report(args.folder)
         return 0
     except (ValueError, OSError) as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
+        print(f"lab.report: error: {error}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt:
         print("\nreport.py: interrupted", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Pre-train the tiny encoder on the generated review language, once; then it is read from a cache.
 
-    python pretrain.py           what `train.py --model tiny` does on first use, alone
+    python -m lab.pretrain           what `train.py --model tiny` does on first use, alone
 
 The encoder learns to guess masked words from their context (masked language modelling, BERT), and
 to guess the same words from the first token alone. The second task makes the first token, which is
@@ -33,7 +33,7 @@ import model as model_file
 from data import Split, encode, evaluation_batches, tiny
 from lpft import accuracy, fit_linear_probe, predict
 from model import Classifier, Encoder, EncoderConfig, MaskedLanguageModel, save_pretrained
-from resume import StateFile, random_state, set_random_state, status_of, take_lock, unbroken
+from plumbing.run_folder import StateFile, random_state, set_random_state, status_of, take_lock, unbroken
 
 CACHE = Path.home() / ".cache" / "lpft"
 
@@ -218,10 +218,10 @@ def main(argv=None):
         tiny_encoder()
         return 0
     except PolarityNotLearnt as error:
-        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        print(f"lab.pretrain: error: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        print(f"lab.pretrain: error: {error}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt:
         print("\npretrain.py: interrupted; the same command goes on", file=sys.stderr)

@@ -9,7 +9,7 @@
     claim_folders, release_folders   --out and --export, new or as an interrupted run left them
     memory_advice, status_of   what is said where memory or disk runs out
 
-Apart from `train.py` because pre-training, training and reproduce.py all use it.
+Apart from `train.py` because pre-training, training and lab.reproduce all use it.
 """
 
 import errno

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import read_json, read_safetensors, read_tokenizer, write_safetensors
+from plumbing.checkpoint import read_json, read_safetensors, read_tokenizer, write_safetensors
 from model import (Classifier, Encoder, LoRALinear, add_lora, check_config, has_lora, huggingface_names,
                    merge_lora, save_pretrained)
-from resume import write_text
+from plumbing.run_folder import write_text
 
 
 def lora_settings(encoder):

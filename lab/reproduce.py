@@ -1,13 +1,13 @@
 """The paper's tables and claims, from many runs of train.py.
 
-    python reproduce.py                                              the embedded benchmark
-    python reproduce.py --data cb --model path/to/checkpoint --seeds 3
+    python -m lab.reproduce                                              the embedded benchmark
+    python -m lab.reproduce --data cb --model path/to/checkpoint --seeds 3
 
 1. tunes learning rates on validation accuracy, with seeds of their own (tuning_runs, choose_rates);
 2. runs LP, FT, LoRA, LP-FT and LP-LoRA on every seed, the kernel at the start of each FT stage, and FT and
    LP-FT from scaled heads (main_runs, scale_runs);
 3. writes report.md and report.html: every table and figure, and a verdict on each of the paper's seven
-   claims (report.py, figures.py, which also run alone).
+   claims (report.py, lab.figures, which also run alone).
 
 A run is a process of train.py with one thread, and `--jobs` of them go side by side. A finished run is
 never repeated: after an interruption the same command goes on. A run that fails is named, and the others go on.
@@ -34,11 +34,11 @@ import numpy as np
 import torch
 
 import train
-from checkpoint import read_json
+from plumbing.checkpoint import read_json
 from data import draw, load_task, read_task, refuse_missing_classes
 from model import load_pretrained
-from report import METHODS, PLAN, choose_rates, last_error, read_flags, read_plan, read_results, write_report
-from resume import lock_folder, status_of, write_text
+from lab.report import METHODS, PLAN, choose_rates, last_error, read_flags, read_plan, read_results, write_report
+from plumbing.run_folder import lock_folder, status_of, write_text
 
 TUNING_SEEDS = (101, 102)
 SCALES = (0.1, 0.5, 1, 2, 5, 10, 50, 100)  # of the head, Fig. 3
@@ -69,7 +69,7 @@ def parse_args(argv=None):
     parser.add_argument("--jobs", type=int, default=jobs, metavar="N",
                         help="processes side by side (default: half the processors; 1 with a GPU)")
     parser.add_argument("--out", type=Path, help="folder of everything (default: reproduction/DATA-MODEL)")
-    parser.error = lambda message: parser.exit(2, f"reproduce.py: error: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"lab.reproduce: error: {message}\n")
     args = parser.parse_args(argv)
     for flag, value, least, most in (("--seeds", args.seeds, 2, TUNING_SEEDS[0] - 1), ("--jobs", args.jobs, 1, 1000),
                                      ("--ntk", args.ntk, 0, 250), ("--max-test", args.max_test, 1, 1e15)):
@@ -189,7 +189,7 @@ def run_all(args, runs, title="runs"):
 def run_one(args, name, flags, processes, stopping):
     """Run train.py, or go on with what was interrupted; returns {split: score}, with val. RunFailed."""
     folder, partial, begun = (args.out / "runs" / f"{name}{end}" for end in ("", ".partial", ".begun"))
-    command = [sys.executable, Path(__file__).with_name("train.py")]
+    command = [sys.executable, Path(__file__).resolve().parents[1] / "train.py"]
     if partial.is_dir():
         wait_until_free(partial, stopping)
     if stopping.is_set():
@@ -221,7 +221,7 @@ def run_one(args, name, flags, processes, stopping):
 
 
 def wait_until_free(folder, stopping):
-    """Wait for a process that still works there: one that outlived a reproduce.py that was killed."""
+    """Wait for a process that still works there: one that outlived a lab.reproduce that was killed."""
     said = False
     while not stopping.is_set():
         try:
@@ -306,10 +306,10 @@ def main(argv=None):
     try:
         return reproduce(args, command)
     except (ValueError, OSError) as error:
-        print(f"reproduce.py: error: {error}", file=sys.stderr)
+        print(f"lab.reproduce: error: {error}", file=sys.stderr)
         return status_of(error)
     except train.pretrain.PolarityNotLearnt as error:
-        print(f"reproduce.py: error: {error}", file=sys.stderr)
+        print(f"lab.reproduce: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nreproduce.py: interrupted; the same command goes on", file=sys.stderr)

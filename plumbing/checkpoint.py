@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from resume import write_whole
+from plumbing.run_folder import write_whole
 
 INDEX = "model.safetensors.index.json"  # of a sharded checkpoint: which tensor is in which file
 

@@ -1,6 +1,6 @@
-"""The paper's figures from a folder of runs that reproduce.py made, as .svg and .png.
+"""The paper's figures from a folder of runs that lab.reproduce made, as .svg and .png.
 
-    python figures.py reproduction/tiny-tiny
+    python -m lab.figures reproduction/tiny-tiny
 
 Each function draws one; `make_all` draws what can be drawn and says why the rest cannot. Colours are Okabe and
 Ito's, which colour-blind readers tell apart, one to a method throughout (one to a class in the maps of features).
@@ -28,16 +28,16 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"figures.py: error: {error}; pip install -r requirements-dev.txt")
+    sys.exit(f"lab.figures: error: {error}; pip install -r requirements-dev.txt")
 
-from checkpoint import read_json
-from claims import scale_names
+from plumbing.checkpoint import read_json
+from lab.claims import scale_names
 from data import load_task
-from export import load_classifier
+from plumbing.export import load_classifier
 from lpft import predict
 from ntk import kernel_statistics
-from report import METHODS, complete_seeds, read_planned
-from resume import status_of
+from lab.report import METHODS, complete_seeds, read_planned
+from plumbing.run_folder import status_of
 
 COLOURS = {"pre-trained": "#555555", "LP": "#E69F00", "FT": "#0072B2", "LoRA": "#56B4E9", "LP-FT": "#D55E00",
            "LP-LoRA": "#CC79A7"}
@@ -275,7 +275,7 @@ def make_all(out, results, most):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Figures of a folder that reproduce.py made.")
+    parser = argparse.ArgumentParser(description="Figures of a folder that lab.reproduce made.")
     parser.add_argument("folder", type=Path, help="the --out of reproduce.py")
     out = parser.parse_args(argv).folder
     try:
@@ -287,7 +287,7 @@ def main(argv=None):
             print(f"not drawn: {problem}")
         return 0
     except (ValueError, OSError) as error:
-        print(f"figures.py: error: {error}", file=sys.stderr)
+        print(f"lab.figures: error: {error}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt:
         print("\nfigures.py: interrupted", file=sys.stderr)

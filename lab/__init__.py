@@ -1,0 +1,1 @@
+"""The paper again: the tiny encoder pre-trained, many runs, claims, figures, report."""
