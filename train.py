@@ -43,7 +43,8 @@ from linear_probe import LinearProbe
 from lpft import (METRICS, NotFinite, accuracy, calibration_error, device_of, feature_statistics, fine_tune,
                   fit_linear_probe, fit_temperature, logits_of, mixed_precision, predict, set_head, to_device,
                   why_no_temperature)
-from model import Classifier, add_lora, count_parameters, load_pretrained
+from model import Classifier, add_lora, count_parameters
+from plumbing.checkpoint import load_pretrained
 from plumbing.run_folder import UNFINISHED, StateFile, claim_folders, memory_advice, release_folders, status_of, write_whole
 
 STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA)

@@ -173,7 +173,7 @@ def accuracies(folder, where, seeds):
 
 def random_encoder(folder):
     """A checkpoint folder of the tiny architecture with random weights."""
-    from model import save_pretrained
+    from plumbing.checkpoint import save_pretrained
 
     save_pretrained(folder / "encoder", Encoder(pretrain.tiny_config()), tiny.make_tokenizer())
     return folder / "encoder"

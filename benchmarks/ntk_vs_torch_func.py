@@ -34,7 +34,8 @@ from torch.func import functional_call, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lab import pretrain
-from model import Classifier, Encoder, load_pretrained
+from model import Classifier, Encoder
+from plumbing.checkpoint import load_pretrained
 from ntk import empirical_ntk
 
 PAGE = 4096

@@ -32,7 +32,8 @@ from plumbing.checkpoint import read_safetensors
 from data import Task
 from data.corpora import CORPORA, corpus_sources
 from plumbing.export import export_classifier, save_classifier
-from model import Classifier, load_pretrained
+from model import Classifier
+from plumbing.checkpoint import load_pretrained
 
 BATCH, LENGTH, CHUNK = 64, 128, predict.CHUNK
 

@@ -28,7 +28,8 @@ from peft import LoraConfig, get_peft_model
 
 import lpft
 from data import Split, load_task, training_batches
-from model import Classifier, add_lora, load_pretrained
+from model import Classifier, add_lora
+from plumbing.checkpoint import load_pretrained
 
 
 class FirstTokenClassifier(torch.nn.Module):

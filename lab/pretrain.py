@@ -26,13 +26,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
 
 import tokenizers
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as model_file
 from data import Split, encode, evaluation_batches, tiny
 from lpft import accuracy, fit_linear_probe, predict
-from model import Classifier, Encoder, EncoderConfig, MaskedLanguageModel, save_pretrained
+from model import Classifier, Encoder, EncoderConfig, init_weights
+from plumbing.checkpoint import save_pretrained
 from plumbing.run_folder import StateFile, random_state, set_random_state, status_of, take_lock, unbroken
 
 CACHE = Path.home() / ".cache" / "lpft"
@@ -40,6 +42,24 @@ CACHE = Path.home() / ".cache" / "lpft"
 
 class PolarityNotLearnt(RuntimeError):
     """The tiny encoder failed its gate; using it would make every result meaningless."""
+
+
+class MaskedLanguageModel(nn.Module):
+    """An encoder with a head that guesses words, its output matrix tied to the word embeddings."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        h = encoder.config.hidden_size
+        self.encoder = encoder
+        self.dense = nn.Linear(h, h)
+        self.norm = nn.LayerNorm(h, eps=encoder.config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(encoder.config.vocab_size))
+        init_weights(self.dense, encoder.config.initializer_range)
+
+    def predict_words(self, hidden):
+        """Hidden states (..., h) to word logits (..., vocabulary)."""
+        x = self.norm(F.gelu(self.dense(hidden)))
+        return F.linear(x, self.encoder.word_embeddings.weight, self.bias)  # (..., vocabulary)
 
 
 @dataclass

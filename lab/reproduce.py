@@ -36,7 +36,7 @@ import torch
 import train
 from plumbing.checkpoint import read_json
 from data import draw, load_task, read_task, refuse_missing_classes
-from model import load_pretrained
+from plumbing.checkpoint import load_pretrained
 from lab.report import METHODS, PLAN, choose_rates, last_error, read_flags, read_plan, read_results, write_report
 from plumbing.run_folder import lock_folder, status_of, write_text
 

@@ -1,21 +1,154 @@
-"""Files of tensors: the safetensors format, read and written here, and what lies beside it.
+"""Checkpoint files: BERT and RoBERTa folders read and written, and the safetensors format.
 
-Apart from `model.py` because it is about files, not about the method: `model.load_pretrained` says
-which tensors an encoder needs, this file gets them off the disk. Only tensors are ever loaded,
-never code. Every function raises ValueError (or FileNotFoundError) with the file's name in it.
+    load_pretrained(folder or hub name) -> (Encoder, Tokenizer)
+
+Read in order: load_pretrained says which tensors an encoder needs, the rest gets them off the disk. Only
+tensors are ever loaded, never code. Every function raises ValueError (or FileNotFoundError) with the file's name in it.
 """
 
 import json
 import math
 import re
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
-from plumbing.run_folder import write_whole
+from model import Encoder, EncoderConfig, has_lora
+from plumbing.run_folder import write_text, write_whole
 
 INDEX = "model.safetensors.index.json"  # of a sharded checkpoint: which tensor is in which file
+
+
+# Hugging Face's module names beside ours; the second table is for one layer of the stack.
+EMBEDDING_NAMES = {
+    "embeddings.word_embeddings": "word_embeddings",
+    "embeddings.position_embeddings": "position_embeddings",
+    "embeddings.token_type_embeddings": "token_type_embeddings",
+    "embeddings.LayerNorm": "embedding_norm",
+}
+LAYER_NAMES = {
+    "attention.self.query": "attention.query",
+    "attention.self.key": "attention.key",
+    "attention.self.value": "attention.value",
+    "attention.output.dense": "attention.output",
+    "attention.output.LayerNorm": "attention_norm",
+    "intermediate.dense": "ffn_in",
+    "output.dense": "ffn_out",
+    "output.LayerNorm": "ffn_norm",
+}
+SPECIAL_TOKENS = {"cls_token": ("<s>", "[CLS]"), "sep_token": ("</s>", "[SEP]"), "unk_token": ("<unk>", "[UNK]"),
+                  "pad_token": ("<pad>", "[PAD]"), "mask_token": ("<mask>", "[MASK]")}
+# Parts of a checkpoint that the classifier does not use: pooler, MLM heads, a buffer of old files.
+UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
+
+
+def huggingface_names(encoder):
+    """The Hugging Face name of every parameter of `encoder`: {theirs: ours}."""
+    modules = dict(EMBEDDING_NAMES)
+    for i in range(len(encoder.layers)):
+        for theirs, ours in LAYER_NAMES.items():
+            modules[f"encoder.layer.{i}.{theirs}"] = f"layers.{i}.{ours}"
+    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in modules.items()
+            for kind in ("weight", "bias") if f"{ours}.{kind}" in encoder.state_dict()}
+
+
+def load_pretrained(name):
+    """Read a BERT or RoBERTa checkpoint, a folder or a hub name, as (Encoder, tokenizers.Tokenizer).
+
+    Needs config.json, tokenizer.json, and model.safetensors (whole or in shards) or
+    pytorch_model.bin; saved as a bare encoder, with an MLM head or by sentence-transformers. Raises
+    FileNotFoundError for a missing file, ValueError for an architecture that is not supported and
+    for a tensor that is missing, left over or of the wrong shape.
+    """
+    directory = find_checkpoint(name)
+    config = read_config(directory / "config.json")
+    weights, path = read_weights(directory)
+    try:
+        encoder = Encoder(config)
+    except (ValueError, RuntimeError) as error:  # heads that do not divide the width; sizes beyond memory
+        raise ValueError(f"{directory / 'config.json'}: {str(error).splitlines()[0]}") from None
+    names = huggingface_names(encoder)
+    state = {}
+    for name, tensor in weights.items():
+        plain = name.removeprefix("bert.").removeprefix("roberta.")
+        plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight")  # names of the first releases
+        plain = plain.replace("LayerNorm.beta", "LayerNorm.bias")
+        if plain.startswith(UNUSED):
+            continue
+        if plain not in names:
+            raise ValueError(f"{path}: tensor {name!r} has no place in a {config.model_type} encoder "
+                             f"of {config.num_hidden_layers} layers")
+        state[names[plain]] = tensor
+    for theirs, ours in names.items():
+        expected = encoder.get_parameter(ours).shape
+        if ours not in state:
+            raise ValueError(f"{path}: tensor {theirs!r} is missing")
+        if state[ours].shape != expected:
+            raise ValueError(f"{path}: tensor {theirs!r} has shape {tuple(state[ours].shape)}, "
+                             f"config.json makes it {tuple(expected)}")
+    encoder.load_state_dict(state)  # copies into float32, whatever the file holds
+    return encoder, read_tokenizer(directory / "tokenizer.json", config.vocab_size)
+
+
+def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None):
+    """Write `encoder` (without LoRA) and `tokenizer` for load_pretrained, AutoModel and AutoTokenizer."""
+    if has_lora(encoder):
+        raise ValueError("this encoder has LoRA; merge_lora(encoder) first")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = encoder.state_dict()
+    names = huggingface_names(encoder)
+    write_safetensors(directory / "model.safetensors", {n: state[ours] for n, ours in names.items()})
+    config = asdict(encoder.config) | {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+    if labels:
+        config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    # Without this class transformers would build a lower-casing tokenizer of its own from the vocabulary.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": max_length or encoder.config.max_length,
+                "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    for name, spellings in SPECIAL_TOKENS.items():
+        settings |= {name: token for token in spellings if tokenizer.token_to_id(token) is not None}
+    for name, content in (("config.json", config), ("tokenizer_config.json", settings)):
+        write_text(directory / name, json.dumps(content, indent=2) + "\n")
+    tokenizer.no_truncation()  # else the length of this run would be every later reader's
+    write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
+
+
+def read_config(path):
+    """config.json as an EncoderConfig; ValueError for anything this encoder does not compute."""
+    return check_config(read_json(path), path)
+
+
+def check_config(raw, path):
+    """The entries of a config.json, read from `path`, as an EncoderConfig."""
+    supported = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",),
+                 "position_embedding_type": ("absolute", None), "is_decoder": (False,)}
+    defaults = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+    for key, allowed in supported.items():
+        found = raw.get(key, defaults.get(key))
+        if found not in allowed:
+            raise ValueError(f"{path}: {key} is {found!r}; supported: {', '.join(map(str, allowed))}")
+    known = {field.name: raw[field.name] for field in fields(EncoderConfig) if field.name in raw}
+    for name, value in known.items():
+        kind = EncoderConfig.__annotations__[name]
+        least = 0 if name in ("type_vocab_size", "pad_token_id") or kind is float else 1
+        if kind is not str and (type(value) not in (int, kind) or not least <= value < 2**31):
+            raise ValueError(f"{path}: {name} is {str(value)[:20]}; expected {kind.__name__}, {least} or more")
+        if name.endswith("_prob") and value >= 1:
+            raise ValueError(f"{path}: {name} is {value!r}; expected a probability below 1")
+    if known.get("pad_token_id", 0) >= known.get("vocab_size", 1):
+        raise ValueError(f"{path}: pad_token_id is {known['pad_token_id']}; expected below vocab_size")
+    if raw["model_type"] == "roberta" and "pad_token_id" not in raw:
+        known["pad_token_id"] = 1  # RoBERTa's default in transformers
+    try:
+        return EncoderConfig(**known)
+    except TypeError as error:  # a size without a default is not in the file
+        raise ValueError(f"{path}: {str(error).removeprefix('EncoderConfig.__init__() ')}") from None
+
+
+# ---------------------------------------------------------------------------- files
 
 
 def find_checkpoint(name):

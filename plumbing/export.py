@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from plumbing.checkpoint import read_json, read_safetensors, read_tokenizer, write_safetensors
-from model import (Classifier, Encoder, LoRALinear, add_lora, check_config, has_lora, huggingface_names,
-                   merge_lora, save_pretrained)
+from model import Classifier, Encoder, LoRALinear, add_lora, has_lora, merge_lora
+from plumbing.checkpoint import check_config, huggingface_names, save_pretrained
 from plumbing.run_folder import write_text
 
 

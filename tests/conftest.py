@@ -20,7 +20,8 @@ from lab import pretrain
 import train
 from data import tiny
 from data.corpora import corpus_sources
-from model import Encoder, save_pretrained
+from model import Encoder
+from plumbing.checkpoint import save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = (ROOT / "datasets", ROOT / "../shared/datasets")  # of real data, in this order

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from plumbing.checkpoint import read_safetensors, read_weights, write_safetensors
-from model import check_config, load_pretrained
+from plumbing.checkpoint import check_config, load_pretrained
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3, dtype=torch.float16),
            "brain": torch.full((2,), 1.5, dtype=torch.bfloat16), "scalar": torch.tensor(7),
@@ -115,7 +115,7 @@ def load_by_name(name, cache, **environment):
     """(exit status, last line) of loading a checkpoint by its hub name in a process of its own."""
     environment = {"HF_HOME": str(cache), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    code = ("import sys\nfrom model import load_pretrained\n"
+    code = ("import sys\nfrom plumbing.checkpoint import load_pretrained\n"
             f"try:\n    print(load_pretrained({name!r})[0].word_embeddings.weight.sum().item())\n"
             "except (ValueError, OSError) as error:\n    sys.exit(str(error))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,

@@ -13,7 +13,7 @@ import train
 from conftest import real_data
 from data import load_task, read_task, readers, tiny
 from data.corpora import CORPORA, corpus_sources
-from model import load_pretrained
+from plumbing.checkpoint import load_pretrained
 
 FOLDERS = {name: next(iter(corpus.files.values())).split("/")[0] for name, corpus in CORPORA.items()}
 

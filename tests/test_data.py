@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import encode, evaluation_batches, load_task, read_task, readers, tiny, training_batches
-from model import load_pretrained
+from plumbing.checkpoint import load_pretrained
 
 
 @pytest.fixture

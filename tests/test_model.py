@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from conftest import find_data
 from data import encode, tiny
 from data.corpora import corpus_sources
-from model import (Classifier, Encoder, EncoderConfig, LoRALinear, add_lora, count_parameters, load_pretrained,
-                   merge_lora, save_pretrained)
+from model import Classifier, Encoder, EncoderConfig, LoRALinear, add_lora, count_parameters, merge_lora
+from plumbing.checkpoint import load_pretrained, save_pretrained
 
 SENTENCES = ["The cat sat on the mat.", "It rained!", "Was the plot any good? Not really, I think.",
              "naïve café 東京 🙂 — odd\tcharacters", "a " * 300]

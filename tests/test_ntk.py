@@ -14,7 +14,8 @@ from sklearn.model_selection import PredefinedSplit, StratifiedKFold
 import ntk as ntk_file
 from lab import pretrain
 from data import encode, tiny
-from model import Classifier, Encoder, LoRALinear, add_lora, load_pretrained
+from model import Classifier, Encoder, LoRALinear, add_lora
+from plumbing.checkpoint import load_pretrained
 from ntk import (empirical_ntk, ft_ratio, initial_deltas, kernel_regression, kernel_statistics,
                  ntk_by_jacobian, predicted_feature_change, predicted_logit_change)
 

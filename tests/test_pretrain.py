@@ -5,7 +5,7 @@ import torch
 
 from lab import pretrain
 from data import encode, tiny
-from model import load_pretrained
+from plumbing.checkpoint import load_pretrained
 
 FEW = pretrain.Settings(documents=200, steps=10, gate=0.0)
 

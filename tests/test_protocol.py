@@ -15,7 +15,8 @@ import train as command
 from data import load_task, tiny, training_batches
 from plumbing.export import lora_settings
 from lpft import fine_tune, predict
-from model import Classifier, Encoder, LoRALinear, add_lora, load_pretrained
+from model import Classifier, Encoder, LoRALinear, add_lora
+from plumbing.checkpoint import load_pretrained
 from train import parse_args, pick_ntk_samples
 
 

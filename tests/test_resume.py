@@ -25,7 +25,8 @@ from plumbing.checkpoint import write_safetensors
 from conftest import LORA
 from data import load_task
 from plumbing.export import load_classifier
-from model import Classifier, load_pretrained
+from model import Classifier
+from plumbing.checkpoint import load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,7 +24,8 @@ from data import encode, load_task, tiny
 from data.corpora import CORPORA
 from plumbing.export import load_classifier
 from lpft import accuracy, feature_statistics, predict
-from model import Classifier, add_lora, load_pretrained
+from model import Classifier, add_lora
+from plumbing.checkpoint import load_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"lp": [], "ft": [], "lpft": [], "ft-lora": LORA, "lpft-lora": LORA}
