@@ -5,7 +5,7 @@
     LP-FT    LP, then fine_tune from its head
     LoRA     add_lora (model.py), then fine_tune;  LP-LoRA: LP, add_lora, fine_tune
 
-Read in this order: fit_linear_probe (linear_probe.py), fine_tune, fit_temperature,
+Read in this order: fit_linear_probe, fine_tune, fit_temperature,
 calibration_error, feature_statistics. `train.py` puts them together.
 
 Shapes: N samples, C classes, h feature width.
@@ -13,6 +13,7 @@ Shapes: N samples, C classes, h feature width.
 
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -23,10 +24,116 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import evaluation_batches, training_batches
-from linear_probe import fit_linear_probe  # noqa: F401  the LP half of LP-FT, offered from here
+from plumbing.newton import fold_logits, minimise_logistic
 from plumbing.run_folder import random_state, set_random_state, unbroken
 
+INVERSE_L2_GRID = np.logspace(-4, 4, 10)  # scikit-learn's default grid of C
+
 # ---------------------------------------------------------------------------- linear probing
+
+
+@dataclass
+class LinearProbe:
+    """The head that LP found: logits = features @ weight.T + bias."""
+
+    weight: torch.Tensor  # V, (C, h), float64
+    bias: torch.Tensor  # b, (C,), float64
+    inverse_l2: float  # scikit-learn's C
+    scores: np.ndarray  # cross-validation score of each strength on the grid, summed over folds, (10,); or None
+    path: list  # (||V||_F, training accuracy) at every step of the solver, from V = 0 (Fig. 1)
+
+
+def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="accuracy", fold_of=None):
+    """Multinomial logistic regression on features (N, h) and labels (N,), in float64 on the CPU.
+
+    Minimises scikit-learn's objective,
+
+        inverse_l2 * sum_i cross_entropy(V phi(x_i) + b, y_i) + 1/2 ||V||_F^2,   b without penalty.
+
+    For two classes scikit-learn fits one vector w, V = [-w/2, w/2], and penalises 1/2 ||w||^2,
+    which is ||V||_F^2: twice the penalty. If `inverse_l2` is None, cross-validation over the folds of
+    `fold_of` (each sample's number, (N,); default: stratified_folds(labels)) picks it from
+    INVERSE_L2_GRID by `scoring`, "accuracy" or "log-loss": the smallest of those with the highest sum
+    over folds, as scikit-learn does, where sums that differ by rounding alone count as different. The
+    probe is then fitted on all samples.
+
+    Raises ValueError for a class with fewer samples than folds or none, or features that are not finite.
+    """
+    if inverse_l2 is None and scoring not in ("accuracy", "log-loss"):
+        raise ValueError(f"linear probing: scoring is {scoring!r}; expected accuracy or log-loss")
+    x, labels = features.detach().cpu().double(), labels.cpu()  # (N, h), (N,)
+    if not torch.isfinite(x).all():
+        raise ValueError("linear probing: the features hold NaN or infinity")
+    missing = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
+    if missing:  # its bias would go to minus infinity
+        raise ValueError(f"linear probing: no sample of class {missing[0]}; expected some of all {num_classes}")
+    # Rotate to principal axes. The penalty does not notice, and the Hessian is then nearly
+    # diagonal, which is what the solver's preconditioner asks for. Axes without data stay at zero.
+    mean = x.mean(0)  # (h,)
+    _, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # (h, h), by growing variance
+    axes = axes[:, -min(len(x), x.shape[1]):]  # (h, k)
+    z = torch.cat([(x - mean) @ axes, x.new_ones(len(x), 1)], dim=1)  # (N, k + 1), the bias last
+    onehot = F.one_hot(labels, num_classes).double()  # (N, C)
+    penalty = torch.full((z.shape[1],), 2.0 if num_classes == 2 else 1.0, dtype=torch.double)
+    penalty[-1] = 0.0  # (k + 1,)
+
+    scores = None
+    if inverse_l2 is None:
+        fold_of = stratified_folds(labels) if fold_of is None else fold_of
+        scores = cross_validate(z, onehot, penalty, fold_of, scoring)  # (10,)
+        inverse_l2 = float(INVERSE_L2_GRID[scores.argmax()])
+    start = torch.zeros(1, num_classes, z.shape[1], dtype=torch.double)
+    everything = torch.ones(len(x), 1, dtype=torch.double)
+    path = []
+
+    def record(theta):  # the rotation leaves the norm as it is
+        right = (fold_logits(z, theta)[:, 0].argmax(1) == labels).double().mean()
+        path.append((float(theta[0, :, :-1].norm()), float(right)))
+
+    theta = minimise_logistic(z, onehot, everything, inverse_l2, penalty, start, 1e-10, record)[0]
+    theta -= theta.mean(0)  # softmax ignores the mean over classes, and the penalty wants it zero: V has rank C - 1
+    weight = theta[:, :-1] @ axes.T  # (C, h)
+    bias = theta[:, -1] - weight @ mean  # (C,)
+    return LinearProbe(weight, bias, inverse_l2, scores, path)
+
+
+def stratified_folds(labels, folds=5):
+    """The fold (0 to folds - 1) that tests each sample, (N,): unshuffled, as scikit-learn deals them.
+
+    Classes are numbered by first appearance and the sorted labels dealt round robin: that says how
+    many samples of a class each fold gets. It gets them in the order of the data.
+    """
+    labels = labels.numpy()
+    classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    if counts.min() < folds:
+        raise ValueError(f"{folds}-fold cross-validation needs {folds} training samples of each class, class "
+                         f"{classes[counts.argmin()]} has {counts.min()}; take more samples, or fix LP's "
+                         "strength with --lp-inverse-l2")
+    classes = classes[first.argsort()]
+    dealt = np.concatenate([labels[labels == c] for c in classes])  # (N,), sorted
+    fold_of = np.empty(len(labels), dtype=int)
+    for c in classes:
+        per_fold = [(dealt[fold::folds] == c).sum() for fold in range(folds)]
+        fold_of[labels == c] = np.repeat(np.arange(folds), per_fold)
+    return torch.from_numpy(fold_of)
+
+
+def cross_validate(z, onehot, penalty, fold_of, scoring):
+    """Score of each strength of INVERSE_L2_GRID, summed over the folds' held-out parts, (10,)."""
+    folds = int(fold_of.max()) + 1
+    held_out = F.one_hot(fold_of, folds).double()  # (N, K)
+    theta = torch.zeros(folds, onehot.shape[1], z.shape[1], dtype=torch.double)  # (K, C, k + 1)
+    scores = []
+    for inverse_l2 in tqdm(INVERSE_L2_GRID, desc="LP cross-validation", leave=False):
+        # each solution starts the search for the next, weaker penalty
+        theta = minimise_logistic(z, onehot, 1 - held_out, inverse_l2, penalty, theta, 1e-6)
+        logits = fold_logits(z, theta)  # (N, K, C)
+        if scoring == "accuracy":
+            score = (logits.argmax(2) == onehot.argmax(1, keepdim=True)).double()  # (N, K)
+        else:
+            score = (logits.log_softmax(2) * onehot[:, None]).sum(2)  # (N, K)
+        scores.append(((score * held_out).sum(0) / held_out.sum(0)).numpy())  # (K,)
+    return np.array(scores).sum(1)
 
 
 def set_head(model, probe):

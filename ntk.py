@@ -29,7 +29,7 @@ from torch.func import functional_call, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from linear_probe import fit_linear_probe, stratified_folds
+from lpft import fit_linear_probe, stratified_folds
 
 MAX_NUMBERS = 2**23, 2**27  # of one part of J that is formed: on a CPU, on CUDA
 MAX_COLUMNS = 2**15, 2**17  # terms of one sum in the model's precision

@@ -39,7 +39,7 @@ from plumbing.checkpoint import read_json
 from data import count_unknown, evaluation_batches, load_task, read_task, tiny
 from data.corpora import CORPORA
 from plumbing.export import export_classifier, save_classifier
-from linear_probe import LinearProbe
+from lpft import LinearProbe
 from lpft import (METRICS, NotFinite, accuracy, calibration_error, device_of, feature_statistics, fine_tune,
                   fit_linear_probe, fit_temperature, logits_of, mixed_precision, predict, set_head, to_device,
                   why_no_temperature)

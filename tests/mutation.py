@@ -32,7 +32,7 @@ TARGETS = {
                          "test_resume.py::test_fine_tuning_stopped_inside_an_epoch_goes_on_bit_for_bit",
                          "test_resume.py::test_a_loss_that_is_not_finite_stops_at_its_step_with_the_best_weights_before",
                          "test_resume.py::test_ctrl_c_in_a_step_that_is_not_finite_keeps_the_best_weights_too")),
-    "linear_probe.py": (("*",), ("test_lpft.py",)),
+    "plumbing/newton.py": (("*",), ("test_lpft.py",)),
     "ntk.py": (("initial_deltas", "predicted_logit_change", "ft_ratio", "kernel_statistics", "kernel_regression"),
                ("test_ntk.py", "test_recompute.py")),
     "train.py": (("evaluate", "probe"), ("test_recompute.py", "test_train.py")),
@@ -43,18 +43,18 @@ SWAPS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Pow: "*", 
          ast.BitAnd: "|"}
 # {(file, function, line of code as it is, what stands there instead): why nothing that is reported changes}
 EQUIVALENT = {
-    ("linear_probe.py", "minimise_logistic", "if (grad_norm <= goal).all():", "<"): "never exactly equal",
-    ("linear_probe.py", "fit_linear_probe", "_, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # (h, h), by growing "
+    ("plumbing/newton.py", "minimise_logistic", "if (grad_norm <= goal).all():", "<"): "never exactly equal",
+    ("lpft.py", "fit_linear_probe", "_, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # (h, h), by growing "
      "variance", "+"): "x - mean sums to zero, so adding the mean twice to the other factor changes nothing",
-    ("linear_probe.py", "minimise_logistic", "for _ in range(40):  # halve the steps that do not lower their objective "
+    ("plumbing/newton.py", "minimise_logistic", "for _ in range(40):  # halve the steps that do not lower their objective "
      "enough (Armijo)", "41"): "2^-40 of a step is none",
     ("lpft.py", "fine_tune", 'fused=device.type in ("cuda", "cpu"))', "not in"): "the same Adam, by other code: slower",
     ("model.py", "check_config", 'if known.get("pad_token_id", 0) >= known.get("vocab_size", 1):', "2"):
         "a config without vocab_size is refused either way",
     ("lpft.py", "predict", "def predict(model, split, batch_size=64, desc=None):", "65"): "how many at once, no number",
     ("lpft.py", "fine_tune", "num_workers=0, state=None):", "1"): "who prepares the batches, no number",
-    ("linear_probe.py", "minimise_logistic", "for _ in range(100):", "101"): "it converges in 20",
-    ("linear_probe.py", "minimise_logistic", "diagonal = back(probs * (1 - probs), z_squared) + penalty  # (K, C, k + 1)",
+    ("plumbing/newton.py", "minimise_logistic", "for _ in range(100):", "101"): "it converges in 20",
+    ("plumbing/newton.py", "minimise_logistic", "diagonal = back(probs * (1 - probs), z_squared) + penalty  # (K, C, k + 1)",
      "+"): "a worse preconditioner, to the same solution",
     ("model.py", "save_pretrained", 'write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))', "False"):
         "the same JSON on one line",
@@ -65,12 +65,12 @@ EQUIVALENT = {
     ("train.py", "probe", 'return done["record"]', "pass"): "of a resumed run, LP is fitted again to the same bits",
     ("lpft.py", "train_epoch", "batch, labels = to_device(batch, device), labels.to(device, non_blocking=device.type == "
      '"cuda")', "!="): "on a CPU nothing is copied",
-    ("linear_probe.py", "minimise_logistic", "diagonal = back(probs * (1 - probs), z_squared) + penalty  # (K, C, k + 1)",
+    ("plumbing/newton.py", "minimise_logistic", "diagonal = back(probs * (1 - probs), z_squared) + penalty  # (K, C, k + 1)",
      "/"): "a worse preconditioner, to the same solution",
-    ("linear_probe.py", "minimise_logistic", "precision = grad_norm * (grad_norm * tolerance / goal).sqrt().clamp(max=0.1)"
+    ("plumbing/newton.py", "minimise_logistic", "precision = grad_norm * (grad_norm * tolerance / goal).sqrt().clamp(max=0.1)"
      "  # (K,)", "*"): "how exact a step is, not where the search ends",
-    ("linear_probe.py", "minimise_logistic", "if not too_far.any():", "pass"): "nothing is halved in the rounds that follow",
-    ("linear_probe.py", "conjugate_gradients", "for _ in range(1000):", "1001"): "it ends long before",
+    ("plumbing/newton.py", "minimise_logistic", "if not too_far.any():", "pass"): "nothing is halved in the rounds that follow",
+    ("plumbing/newton.py", "conjugate_gradients", "for _ in range(1000):", "1001"): "it ends long before",
     ("model.py", "save_pretrained", 'write_text(directory / name, json.dumps(content, indent=2) + "\\n")', "3"):
         "the same JSON, indented otherwise",
     ("lpft.py", "fit_temperature", "scale = float((logits - logits.mean(1, keepdim=True)).square().mean().sqrt())", "+"):

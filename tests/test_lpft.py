@@ -16,7 +16,7 @@ import lpft
 from data import load_task, tiny, training_batches
 from lpft import (Progress, accuracy, calibration_error, feature_statistics, fine_tune, fit_linear_probe,
                   fit_temperature, load_batches, matthews, predict, set_head, train_epoch, why_no_temperature)
-from linear_probe import stratified_folds
+from lpft import stratified_folds
 from model import Classifier, add_lora
 from plumbing.checkpoint import load_pretrained
 

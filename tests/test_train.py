@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import linear_probe
 import lpft
 import ntk
 import predict as predict_command
@@ -307,7 +306,7 @@ def test_an_ordinary_gap_between_train_and_val_gets_no_hint(finished):
                                          (["--lp-inverse-l2", "100"], False)])
 def test_lp_that_learns_by_heart_says_what_helps(flags, hint, random_folder, tmp_path, capsys, monkeypatch):
     """Labels without sense and a weak penalty: nearly every training sample right, validation at chance."""
-    monkeypatch.setattr(linear_probe, "INVERSE_L2_GRID", np.array([1e4]))
+    monkeypatch.setattr(lpft, "INVERSE_L2_GRID", np.array([1e4]))
     words, rng = tiny.vocabulary()[0][-200:], random.Random(0)
     for name, count in (("train", 50), ("val", 50)):
         rows = [f"{' '.join(rng.sample(words, 4))}\t{rng.choice(('yes', 'no'))}" for _ in range(count)]

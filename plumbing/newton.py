@@ -1,0 +1,88 @@
+"""The solver behind linear probing: Newton's method for many convex problems side by side.
+
+Shapes: N samples, C classes, k principal axes, K problems (folds).
+"""
+
+import torch
+
+
+def fold_logits(z, theta):
+    """z (N, k + 1) times every fold's theta (K, C, k + 1), as one matrix product: (N, K, C)."""
+    return (z @ theta.flatten(0, 1).T).unflatten(1, theta.shape[:2])
+
+
+def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance, on_step=None):
+    """K weighted logistic regressions at once, by Newton's method with conjugate gradients.
+
+    z (N, k + 1), onehot (N, C), weights (N, K), penalty (k + 1,), start theta (K, C, k + 1). Each
+    problem is convex: minimise inverse_l2 * sum_i weights_i loss_i + 1/2 sum penalty * theta^2
+    until its gradient norm is `tolerance` times that at theta = 0. ArithmeticError if it is not.
+    """
+    strength = inverse_l2 * weights.unsqueeze(2)  # (N, K, 1)
+    target = onehot.unsqueeze(1)  # (N, 1, C)
+
+    def objective(theta):
+        losses = -(fold_logits(z, theta).log_softmax(2) * target * strength).sum((0, 2))  # (K,)
+        return losses + 0.5 * (penalty * theta.square()).sum((1, 2))
+
+    def back(errors, inputs):  # of logits (N, K, C), to theta (K, C, k + 1)
+        return ((strength * errors).flatten(1).T @ inputs).unflatten(0, theta.shape[:2])
+
+    def centred(theta):  # softmax is blind to the mean of the bias over classes: what is there is rounding
+        theta[:, :, -1] -= theta[:, :, -1].mean(1, keepdim=True)
+        return theta
+
+    def gradient(theta):
+        probs = fold_logits(z, theta).softmax(2)  # (N, K, C)
+        return probs, centred(back(probs - target, z) + penalty * theta)  # (K, C, k + 1)
+
+    goal = tolerance * gradient(torch.zeros_like(theta))[1].norm(dim=(1, 2))  # (K,)
+    # where theta = 0 is the solution already, that is rounding alone: not below it
+    goal = goal.maximum(1e-14 * strength[:, :, 0].T @ z.norm(dim=1))
+    value, z_squared = objective(theta), z.square()
+    for _ in range(100):
+        if on_step:
+            on_step(theta)
+        probs, grad = gradient(theta)
+        grad_norm = grad.norm(dim=(1, 2))  # (K,)
+        if (grad_norm <= goal).all():
+            return theta
+        diagonal = back(probs * (1 - probs), z_squared) + penalty  # (K, C, k + 1)
+
+        def hessian_times(direction):
+            moved = fold_logits(z, direction)  # (N, K, C), the change of the logits
+            moved = probs * (moved - (probs * moved).sum(2, keepdim=True))
+            return centred(back(moved, z) + penalty * direction)
+
+        # The closer to the solution, the more exact the step: that makes convergence superlinear.
+        precision = grad_norm * (grad_norm * tolerance / goal).sqrt().clamp(max=0.1)  # (K,)
+        step = conjugate_gradients(hessian_times, -grad, diagonal, precision.maximum(0.1 * goal))
+        slope, size = (grad * step).sum((1, 2)), torch.ones_like(value)  # (K,)
+        for _ in range(40):  # halve the steps that do not lower their objective enough (Armijo)
+            candidate = theta + size[:, None, None] * step
+            new_value = objective(candidate)
+            # near the solution the gain drowns in the rounding of the objective: allow for that
+            too_far = new_value > value + 1e-4 * size * slope + 1e-14 * value.abs()
+            if not too_far.any():
+                break
+            size = torch.where(too_far, size / 2, size)
+        theta, value = candidate, new_value
+    raise ArithmeticError(f"linear probing did not converge at inverse_l2 {inverse_l2:g}: gradient norm "
+                          f"{float(grad_norm.max()):.2e}, goal {float(goal.min()):.2e}")
+
+
+def conjugate_gradients(matrix_times, right, diagonal, precision):
+    """Solve K systems matrix x = right (K, C, k + 1), to residual norms `precision` (K,)."""
+    x, residual = torch.zeros_like(right), right
+    scaled = residual / diagonal
+    direction, rho = scaled, (residual * scaled).sum((1, 2), keepdim=True)  # (K, 1, 1)
+    for _ in range(1000):
+        image = matrix_times(direction)
+        length = rho / (direction * image).sum((1, 2), keepdim=True).clamp(min=1e-300)
+        x, residual = x + length * direction, residual - length * image
+        if (residual.norm(dim=(1, 2)) <= precision).all():
+            break
+        scaled = residual / diagonal
+        rho, previous = (residual * scaled).sum((1, 2), keepdim=True), rho
+        direction = scaled + rho / previous.clamp(min=1e-300) * direction
+    return x
