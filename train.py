@@ -37,7 +37,7 @@ import ntk
 from lab import pretrain
 from plumbing.checkpoint import read_json
 from data import count_unknown, evaluation_batches, load_task, read_task, tiny
-from data.corpora import CORPORA
+from data.corpora import CORPORA, RECIPES
 from plumbing.export import export_classifier, save_classifier
 from lpft import LinearProbe
 from lpft import (METRICS, NotFinite, accuracy, calibration_error, device_of, feature_statistics, fine_tune,
@@ -48,25 +48,6 @@ from plumbing.checkpoint import load_pretrained
 from plumbing.run_folder import UNFINISHED, StateFile, claim_folders, memory_advice, release_folders, status_of, write_whole
 
 STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA)
-# (batch size, learning rate) of the FT stage by task. For tiny and tiny-plain chosen on validation
-# accuracy (README), for the paper's data sets those of the authors for RoBERTa-base, for a folder rates usual
-# among these, and one batch size: with another, the same rate would mean more steps or fewer.
-RECIPES = {
-    # task      FT           LoRA         LP-FT        LP-LoRA
-    "tiny": ((8, 1.5e-3), (8, 5e-3), (8, 1e-3), (8, 1e-2)),
-    "tiny-plain": ((4, 2e-4), (4, 1e-2), (4, 1e-4), (4, 5e-3)),
-    "folder": ((8, 5e-5), (8, 1e-3), (8, 1e-5), (8, 5e-4)),
-    "boolq": ((32, 1e-5), (32, 5e-4), (8, 1e-5), (8, 5e-4)),
-    "cb": ((16, 5e-5), (16, 1e-3), (8, 5e-6), (8, 1e-4)),
-    "rte": ((16, 1e-5), (16, 1e-3), (8, 1e-5), (8, 5e-4)),
-    "wic": ((32, 1e-5), (16, 1e-3), (8, 1e-5), (8, 1e-3)),
-    "wsc": ((16, 1e-3), (16, 1e-4), (8, 1e-3), (8, 1e-4)),
-    "cola": ((32, 5e-5), (16, 1e-3), (8, 1e-5), (8, 1e-3)),
-    "mrpc": ((16, 1e-5), (32, 1e-5), (8, 1e-5), (8, 1e-3)),
-    "sst2": ((32, 1e-5), (32, 5e-4), (8, 1e-5), (8, 1e-3)),
-    "amazon": ((16, 1e-5), (16, 1e-3), (8, 1e-6), (8, 5e-4)),
-    "pubmed20k": ((8, 5e-6), (8, 5e-4), (8, 5e-6), (8, 1e-3)),
-}
 
 
 def parse_args(argv=None):

@@ -20,7 +20,7 @@ import train
 from plumbing.checkpoint import read_safetensors
 from conftest import LORA
 from data import encode, load_task, tiny
-from data.corpora import CORPORA
+from data.corpora import CORPORA, RECIPES
 from plumbing.export import load_classifier
 from lpft import accuracy, feature_statistics, predict
 from model import Classifier, add_lora
@@ -181,11 +181,11 @@ def test_the_printed_configuration_is_made_of_flags(random_folder, tmp_path, cap
 
 def test_the_authors_settings_are_the_defaults_of_their_data_sets():
     """Batch size and learning rate in FT, LoRA, LP-FT and LP-LoRA."""
-    for (method, lora), (batch_size, lr) in zip(train.STAGES, train.RECIPES["wsc"]):
+    for (method, lora), (batch_size, lr) in zip(train.STAGES, RECIPES["wsc"]):
         args = train.parse_args(["--method", method, "--model", "x", "--data", "wsc"] + ["--lora"] * lora)
         assert (args.batch_size, args.lr) == (batch_size, lr)
-    assert train.RECIPES["wsc"] == ((16, 1e-3), (16, 1e-4), (8, 1e-3), (8, 1e-4))
-    assert set(CORPORA) <= set(train.RECIPES)
+    assert RECIPES["wsc"] == ((16, 1e-3), (16, 1e-4), (8, 1e-3), (8, 1e-4))
+    assert set(CORPORA) <= set(RECIPES)
 
 
 def test_the_same_seed_gives_the_same_result(random_folder, tmp_path):
