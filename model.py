@@ -1,6 +1,6 @@
 """The Transformer encoder, the classifier on top of it, and LoRA.
 
-One architecture serves twice: as the small encoder that `lab/pretrain.py` trains here, and as BERT or
+One architecture serves twice: as the small encoder that `lab/pretrain.py` trains, and as BERT or
 RoBERTa read from a Hugging Face folder. Post-LayerNorm, learned positions, exact GELU.
 
     f(x) = V phi(x) + b      V is `head.weight`, b is `head.bias`, phi(x) is `features`

@@ -17,8 +17,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
-
+import plumbing  # noqa: F401  before torch
 import torch
 from tqdm import tqdm
 

@@ -1,6 +1,6 @@
 """Train a text classifier with LP, FT or LP-FT, with or without LoRA, and say what happened.
 
-    python train.py --method lpft --lora                          the embedded benchmark, minutes
+    python train.py --method lpft --lora                          the embedded benchmark, seconds
     python train.py --method ft --model roberta-base --data cb    a real encoder, real data
 
 One run, top to bottom: read the flags (parse_args), load the encoder and the task, linear probing,
@@ -10,7 +10,7 @@ A run that was interrupted, killed or out of power goes on from its folder, to t
 `python train.py --resume RUN_DIR`.
 
 Exit status: 0 done, 2 bad input (one line says what), 1 a full disk or memory, a solver that did not
-converge, or a tiny encoder that failed its gate, 130 interrupted.
+converge, 130 interrupted.
 """
 
 import argparse
@@ -24,17 +24,13 @@ import signal
 import sys
 from pathlib import Path
 
-# Before torch: of its threads (GNU OpenMP's) one that waits for another gives way soon. By default it is 300 times as
-# patient, and a run took 20 times as long where other work filled the cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
+import plumbing  # noqa: F401  before torch
 import numpy as np
 import tokenizers
 import torch
 from tqdm import tqdm
 
 import ntk
-from lab import pretrain
 from plumbing.checkpoint import read_json
 from data import count_unknown, evaluation_batches, load_task, read_task, tiny
 from data.corpora import CORPORA, RECIPES
@@ -72,7 +68,7 @@ def parse_args(argv=None):
                         help="fix the LP penalty (scikit-learn's C) instead of cross-validating it")
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", default="tiny", metavar="{tiny,DIR,HUB}",
-                      help="tiny: the embedded encoder, pre-trained on first use; or a folder with a BERT "
+                      help="tiny: the embedded encoder, in data/tiny_encoder; or a folder with a BERT "
                            "or RoBERTa checkpoint; or its name on the Hugging Face hub, such as "
                            "roberta-base (default: tiny)")
     data.add_argument("--data", default="tiny", metavar="{tiny,tiny-plain,NAME,DIR}",
@@ -273,8 +269,8 @@ def configuration(args):
 
 def load_train_measure(args, device, why, state):
     """Load, probe, fine-tune, evaluate, write."""
-    rows = read_task(args.data, args.data_dir)  # refuses bad files before minutes of pre-training
-    folder = pretrain.tiny_encoder() if args.model == "tiny" else args.model
+    rows = read_task(args.data, args.data_dir)
+    folder = tiny.ENCODER if args.model == "tiny" else args.model
     encoder, tokenizer = load_pretrained(folder)
     task = load_task(rows, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed,
                      max_test=args.max_test)
@@ -606,7 +602,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # bad input: these messages say what and where
         print(f"train.py: error: {error}", file=sys.stderr)
         return status_of(error)
-    except (pretrain.PolarityNotLearnt, ArithmeticError, MemoryError) as error:
+    except (ArithmeticError, MemoryError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

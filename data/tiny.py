@@ -15,12 +15,14 @@ features of the pre-trained encoder: LP reads only part of it, and the features 
 """
 
 import random
+from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import BertProcessing
 
+ENCODER = Path(__file__).with_name("tiny_encoder")  # made by lab.pretrain
 LABELS = ("negative", "neutral", "positive")
 NEGATIVE, NEUTRAL, POSITIVE = range(3)
 

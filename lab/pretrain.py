@@ -1,6 +1,7 @@
-"""Pre-train the tiny encoder on the generated review language, once; then it is read from a cache.
+"""Pre-train a tiny encoder on the generated review language. The one in data/tiny_encoder was made by this.
 
-    python -m lab.pretrain           what `train.py --model tiny` does on first use, alone
+    python -m lab.pretrain                     the language of seed 0, about two minutes on 2 cores
+    python -m lab.pretrain --seed 3 --out DIR  another language, with words that are liked and disliked anew
 
 The encoder learns to guess masked words from their context (masked language modelling, BERT), and
 to guess the same words from the first token alone. The second task makes the first token, which is
@@ -11,55 +12,26 @@ Shapes: N documents, L tokens.
 """
 
 import argparse
-import hashlib
-import inspect
-import json
-import os
 import random
-import shutil
-import signal
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
-
-import tokenizers
+import plumbing  # noqa: F401  before torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import model as model_file
-from data import Split, encode, evaluation_batches, tiny
-from lpft import accuracy, fit_linear_probe, predict
-from model import Classifier, Encoder, EncoderConfig, init_weights
+from data import encode, evaluation_batches, tiny
+from lpft import accuracy, fit_linear_probe, predict, set_head
+from model import Classifier, Encoder, EncoderConfig, SelfAttention, init_weights
 from plumbing.checkpoint import save_pretrained
-from plumbing.run_folder import StateFile, random_state, set_random_state, status_of, take_lock, unbroken
-
-CACHE = Path.home() / ".cache" / "lpft"
+from plumbing.run_folder import status_of
 
 
 class PolarityNotLearnt(RuntimeError):
     """The tiny encoder failed its gate; using it would make every result meaningless."""
-
-
-class MaskedLanguageModel(nn.Module):
-    """An encoder with a head that guesses words, its output matrix tied to the word embeddings."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        h = encoder.config.hidden_size
-        self.encoder = encoder
-        self.dense = nn.Linear(h, h)
-        self.norm = nn.LayerNorm(h, eps=encoder.config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(encoder.config.vocab_size))
-        init_weights(self.dense, encoder.config.initializer_range)
-
-    def predict_words(self, hidden):
-        """Hidden states (..., h) to word logits (..., vocabulary)."""
-        x = self.norm(F.gelu(self.dense(hidden)))
-        return F.linear(x, self.encoder.word_embeddings.weight, self.bias)  # (..., vocabulary)
 
 
 @dataclass
@@ -86,51 +58,26 @@ def tiny_config():
                          type_vocab_size=2, initializer_range=0.05)
 
 
-def tiny_encoder(settings=None, cache=CACHE):
-    """The folder of the pre-trained tiny encoder, for model.load_pretrained; trains it if need be."""
-    settings = settings or Settings()
-    folder = Path(cache) / f"tiny-{cache_key(settings)}"
-    if (folder / "config.json").is_file():
-        print(f"tiny encoder: cached in {folder}")
-        return folder
-    print(f"tiny encoder: not in the cache, pre-training it once, into {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)  # before the work: it may fail
-    lock = take_lock(folder.with_name(folder.name + ".lock"), wait=True)
-    try:
-        if not (folder / "config.json").is_file():  # else the process that had the lock has made it
-            partial = folder.with_name(folder.name + ".partial")
-            partial.mkdir(exist_ok=True)
-            encoder, tokenizer = pretrain(settings, StateFile.of(partial / "state", every=10)), tiny.make_tokenizer()
-            try:
-                check_polarity(encoder, tokenizer, settings)
-                shutil.rmtree(folder, ignore_errors=True)
-                save_pretrained(partial / "done", encoder, tokenizer)
-                (partial / "done").rename(folder)
-            except PolarityNotLearnt:
-                (partial / "state").unlink(missing_ok=True)  # it would fail again
-                raise
-            finally:
-                if not (partial / "state").exists() or (folder / "config.json").is_file():
-                    shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        lock.release()
-    return folder
+class MaskedLanguageModel(nn.Module):
+    """An encoder with a head that guesses words, its output matrix tied to the word embeddings."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        h = encoder.config.hidden_size
+        self.encoder = encoder
+        self.dense = nn.Linear(h, h)
+        self.norm = nn.LayerNorm(h, eps=encoder.config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(encoder.config.vocab_size))
+        init_weights(self.dense, encoder.config.initializer_range)
+
+    def predict_words(self, hidden):
+        """Hidden states (..., h) to word logits (..., vocabulary)."""
+        x = self.norm(F.gelu(self.dense(hidden)))
+        return F.linear(x, self.encoder.word_embeddings.weight, self.bias)  # (..., vocabulary)
 
 
-def cache_key(settings):
-    """A hash of all that determines the encoder: settings, sizes, PyTorch, and the code that runs."""
-    code = [inspect.getsource(thing) for thing in (
-        tiny, model_file.SelfAttention, model_file.Layer, Encoder, MaskedLanguageModel,
-        model_file.init_weights, encode, Split, evaluation_batches, mask_words, pretrain_step, pretrain)]
-    parts = [asdict(settings), asdict(tiny_config()), torch.__version__, tokenizers.__version__, code]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-
-def pretrain(settings, state=None):
-    """Train an encoder on the CPU, without dropout; it is saved with dropout for fine-tuning.
-
-    Goes on from a resume.StateFile, if that holds progress.
-    """
+def pretrain(settings):
+    """Train an encoder on the CPU, without dropout; it is saved with dropout for fine-tuning."""
     torch.manual_seed(settings.seed)
     rng = random.Random(settings.seed)
     tokenizer, config = tiny.make_tokenizer(), tiny_config()
@@ -144,45 +91,21 @@ def pretrain(settings, state=None):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
         (step + 1) / warmup, (settings.steps - step) / (settings.steps - warmup)))
     batches = evaluation_batches(corpus.lengths, settings.batch_size)  # like lengths: little padding
-    order, done, threads = [], 0, torch.get_num_threads()
+    order, threads = [], torch.get_num_threads()
     torch.set_num_threads(settings.threads)  # whatever the machine has
-    if state and state.parts:
-        language_model.load_state_dict(state.parts["weights"])
-        optimizer.load_state_dict(state.parts["optimizer"])
-        schedule.load_state_dict(state.parts["schedule"])
-        set_random_state(state.parts["random"])
-        rng.setstate(state.parts["rng"])
-        order, done = state.parts["order"], state.parts["step"]
-
-    def save(step):
-        state.save(weights=language_model.state_dict(), optimizer=optimizer.state_dict(), rng=rng.getstate(),
-                   schedule=schedule.state_dict(), random=random_state(torch.device("cpu")), order=order, step=step)
-
-    try:
-        with tqdm(total=settings.steps, initial=done, desc="pre-training", unit="step", mininterval=1.0) as bar:
-            while done < settings.steps:
-                with unbroken():  # Ctrl-C never leaves half a step
-                    if not order:
-                        order = rng.sample(range(len(batches)), len(batches))
-                    loss = pretrain_step(language_model, corpus.batch(batches[order.pop()])[0], settings)
-                    optimizer.step()
-                    schedule.step()
-                    done += 1
-                if bar.update():
-                    bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                if state and state.due():
-                    save(done)
-    except KeyboardInterrupt:
-        if state:
-            save(done)
-        raise
-    finally:
-        torch.set_num_threads(threads)
+    with tqdm(range(settings.steps), desc="pre-training", unit="step", mininterval=1.0) as bar:
+        for _ in bar:
+            order = order or rng.sample(range(len(batches)), len(batches))
+            loss = pretrain_step(language_model, corpus.batch(batches[order.pop()])[0], settings)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    torch.set_num_threads(threads)
     encoder.config = config
     for module in encoder.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, nn.Dropout):
             module.p = config.hidden_dropout_prob
-        if isinstance(module, model_file.SelfAttention):
+        if isinstance(module, SelfAttention):
             module.dropout = config.attention_probs_dropout_prob
     return encoder
 
@@ -220,22 +143,31 @@ def check_polarity(encoder, tokenizer, settings):
     train, val = (encode(tokenizer, [(text, None, label) for text, label in texts[name]], 128)
                   for name in ("train", "val"))
     classifier = Classifier(encoder, len(tiny.LABELS))
-    probe = fit_linear_probe(predict(classifier, train)[0], train.labels, len(tiny.LABELS))
-    logits = predict(classifier, val)[0].double() @ probe.weight.T + probe.bias
-    reached = accuracy(logits, val.labels)
+    set_head(classifier, fit_linear_probe(predict(classifier, train)[0], train.labels, len(tiny.LABELS)))
+    reached = accuracy(predict(classifier, val)[1], val.labels)
     if reached < settings.gate:
         raise PolarityNotLearnt(
-            f"the tiny encoder has not learnt polarity: a linear probe reaches {reached:.3f} on "
-            f"validation, the gate is {settings.gate}; nothing was cached. More steps or another "
-            "seed in pretrain.Settings may pass it")
-    print(f"tiny encoder: gate passed, a linear probe reads polarity with accuracy {reached:.3f} "
-          f"(needed: {settings.gate})")
+            f"the tiny encoder has not learnt polarity: a linear probe reaches {reached:.3f} on validation, the gate "
+            f"is {settings.gate}; nothing was written. Another --seed may pass it")
+    print(f"gate passed: a linear probe reads polarity with accuracy {reached:.3f} (needed: {settings.gate})")
 
 
 def main(argv=None):
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the language and the weights (default: 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="a new folder for the encoder, for train.py --model DIR (default: tiny-encoder-seedN)")
+    parser.error = lambda message: parser.exit(2, f"lab.pretrain: error: {message}\n")
+    args = parser.parse_args(argv)
+    out = args.out or Path(f"tiny-encoder-seed{args.seed}")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        parser.error(f"--out {out}: holds something already; expected a new or empty folder")
     try:
-        tiny_encoder()
+        settings, tokenizer = Settings(seed=args.seed), tiny.make_tokenizer()
+        encoder = pretrain(settings)
+        check_polarity(encoder, tokenizer, settings)
+        save_pretrained(out, encoder, tokenizer)
+        print(f"the encoder is in {out}; use it with: python train.py --model {out}")
         return 0
     except PolarityNotLearnt as error:
         print(f"lab.pretrain: error: {error}", file=sys.stderr)
@@ -244,10 +176,9 @@ def main(argv=None):
         print(f"lab.pretrain: error: {error}", file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt:
-        print("\npretrain.py: interrupted; the same command goes on", file=sys.stderr)
+        print("\nlab.pretrain: interrupted; nothing was written", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     sys.exit(main())

@@ -28,14 +28,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
-
+import plumbing  # noqa: F401  before torch
 import numpy as np
 import torch
 
 import train
 from plumbing.checkpoint import read_json
-from data import draw, load_task, read_task, refuse_missing_classes
+from data import draw, load_task, read_task, refuse_missing_classes, tiny
 from plumbing.checkpoint import load_pretrained
 from lab.report import METHODS, PLAN, choose_rates, last_error, read_flags, read_plan, read_results, write_report
 from plumbing.run_folder import lock_folder, status_of, write_text
@@ -249,7 +248,7 @@ def check_data(args):
         if args.ntk and seed not in TUNING_SEEDS:
             of_seed = labels | {"train": labels["train"][drawn]}
             train.pick_ntk_samples(args.ntk, seed, of_seed, list(rows.labels.values()))
-    encoder, tokenizer = load_pretrained(train.pretrain.tiny_encoder() if args.model == "tiny" else args.model)
+    encoder, tokenizer = load_pretrained(tiny.ENCODER if args.model == "tiny" else args.model)
     flags = train.parse_args(common_flags(args, "LP-LoRA", seed=1))
     task = load_task(rows, tokenizer, flags.max_length, max_train=args.max_train, seed=1, max_test=args.max_test)
     train.refuse_what_does_not_fit(flags, task, tokenizer, encoder.config)
@@ -308,9 +307,6 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"lab.reproduce: error: {error}", file=sys.stderr)
         return status_of(error)
-    except train.pretrain.PolarityNotLearnt as error:
-        print(f"lab.reproduce: error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nreproduce.py: interrupted; the same command goes on", file=sys.stderr)
         return 130

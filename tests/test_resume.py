@@ -194,16 +194,6 @@ def test_any_number_of_workers_gives_the_same_bits(random_folder):
     assert history == other_history and all(torch.equal(a, b) for a, b in zip(weights, other_weights))
 
 
-def test_pre_training_goes_on_bit_for_bit(tmp_path):
-    few = pretrain.Settings(documents=200, steps=10, gate=0.0)
-    whole = pretrain.pretrain(few)
-    with pytest.raises(Stop):
-        pretrain.pretrain(few, StoppingState(tmp_path / "state", 6))
-    assert run_folder.load_state(tmp_path / "state")["step"] == 6
-    again = pretrain.pretrain(few, run_folder.StateFile.of(tmp_path / "state"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
-
-
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_wait_for_the_end_of_the_step(name):
     done, before = [], signal.signal(name, signal.default_int_handler)
@@ -284,20 +274,6 @@ def test_ctrl_c_while_saving_is_an_interruption_with_a_whole_state(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         run_folder.save_state(tmp_path / "state", {"x": torch.ones(5)})
     assert torch.equal(run_folder.load_state(tmp_path / "state")["x"], torch.ones(5))
-
-
-def test_who_waits_for_the_tiny_encoder_gets_the_one_that_the_other_made(tmp_path):
-    """Three processes at once: one trains, all have it, none trains again."""
-    code = ("from lab import pretrain; import sys; from pathlib import Path\n"
-            "pretrain.tiny_encoder(pretrain.Settings(documents=200, steps=20, gate=0.0), Path(sys.argv[1]))")
-    processes = [subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                                  stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(3)]
-    for process in processes:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-    folder, lock = sorted(tmp_path.iterdir())
-    assert lock.name == folder.name + ".lock" and (folder / "config.json").is_file()
-    load_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------- the command

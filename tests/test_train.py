@@ -86,11 +86,11 @@ def test_bfloat16_is_for_cards_that_have_it_and_is_announced(device, of_its_own,
         assert torch.is_autocast_enabled(device) == (precision != "float32")
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "pretrain", "reproduce"])
+@pytest.mark.parametrize("command", [["train.py"], ["predict.py"], ["-m", "lab.pretrain"], ["-m", "lab.reproduce"]])
 def test_threads_that_wait_give_way_in_every_command_that_computes(command):
     """GNU OpenMP reads this once, when torch is loaded, so it has to be set before."""
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | {"OMP_DISPLAY_ENV": "verbose"}
-    said = subprocess.run([sys.executable, f"{command}.py", "--help"], capture_output=True, text=True, env=env,
+    said = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, env=env,
                           cwd=Path(train.__file__).parent).stderr
     if "GOMP_SPINCOUNT" not in said:
         pytest.skip("this PyTorch does not use GNU OpenMP")
@@ -327,7 +327,7 @@ def test_the_learning_rate_is_that_of_the_encoder(random_folder):
 
 
 def test_text_that_the_tiny_encoder_cannot_read_is_refused(random_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.pretrain, "tiny_encoder", lambda: random_folder)
+    monkeypatch.setattr(tiny, "ENCODER", random_folder)
     (tmp_path / "train.csv").write_text("text,label\n" + "quantum chromodynamics,a\nhadrons abound,b\n" * 20)
     assert train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
     assert "words that --model tiny does not know" in capsys.readouterr().err
