@@ -12,20 +12,16 @@ Shapes: N samples, C classes, h feature width.
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import evaluation_batches, training_batches
-from plumbing.newton import fold_logits, minimise_logistic
-from plumbing.run_folder import random_state, set_random_state, unbroken
+from plumbing import devices, newton
 
 INVERSE_L2_GRID = np.logspace(-4, 4, 10)  # scikit-learn's default grid of C
 
@@ -83,18 +79,40 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
         scores = cross_validate(z, onehot, penalty, fold_of, scoring)  # (10,)
         inverse_l2 = float(INVERSE_L2_GRID[scores.argmax()])
     start = torch.zeros(1, num_classes, z.shape[1], dtype=torch.double)
-    everything = torch.ones(len(x), 1, dtype=torch.double)
     path = []
 
     def record(theta):  # the rotation leaves the norm as it is
-        right = (fold_logits(z, theta)[:, 0].argmax(1) == labels).double().mean()
+        right = (newton.fold_logits(z, theta)[:, 0].argmax(1) == labels).double().mean()
         path.append((float(theta[0, :, :-1].norm()), float(right)))
 
-    theta = minimise_logistic(z, onehot, everything, inverse_l2, penalty, start, 1e-10, record)[0]
+    strength = torch.full((len(x), 1), inverse_l2, dtype=torch.double)  # every sample counts
+    theta = solve(z, onehot, strength, penalty, start, 1e-10, record)[0]  # (C, k + 1)
     theta -= theta.mean(0)  # softmax ignores the mean over classes, and the penalty wants it zero: V has rank C - 1
     weight = theta[:, :-1] @ axes.T  # (C, h)
     bias = theta[:, -1] - weight @ mean  # (C,)
     return LinearProbe(weight, bias, inverse_l2, scores, path)
+
+
+def lp_objective(theta, z, onehot, strength, penalty):
+    """What LP minimises, and its gradient by theta = [V, b], (C, k + 1):
+
+        sum_i strength_i * cross_entropy(theta z_i, y_i)  +  1/2 sum_j penalty_j * ||column j of theta||^2
+
+    z (N, k + 1), features with a 1 behind each; onehot (N, C), the labels; strength (N,), scikit-learn's C, and 0 for
+    a sample that is held out; penalty (k + 1,), 0 for the bias. Returns (value (), gradient (C, k + 1)).
+    """
+    logits = z @ theta.T  # (N, C)
+    losses = -(onehot * logits.log_softmax(1)).sum(1)  # (N,)
+    errors = strength[:, None] * (logits.softmax(1) - onehot)  # (N, C), d value / d logits
+    return strength @ losses + 0.5 * (penalty * theta.square()).sum(), errors.T @ z + penalty * theta
+
+
+def solve(z, onehot, strength, penalty, start, tolerance, on_step=None):
+    """theta (K, C, k + 1) that minimises lp_objective for each column of strength (N, K), from `start`."""
+    def objective(theta, strength):
+        return lp_objective(theta, z, onehot, strength, penalty)
+
+    return newton.minimise_logistic(objective, z, strength, penalty, start, tolerance, on_step)
 
 
 def stratified_folds(labels, folds=5):
@@ -126,8 +144,8 @@ def cross_validate(z, onehot, penalty, fold_of, scoring):
     scores = []
     for inverse_l2 in tqdm(INVERSE_L2_GRID, desc="LP cross-validation", leave=False):
         # each solution starts the search for the next, weaker penalty
-        theta = minimise_logistic(z, onehot, 1 - held_out, inverse_l2, penalty, theta, 1e-6)
-        logits = fold_logits(z, theta)  # (N, K, C)
+        theta = solve(z, onehot, inverse_l2 * (1 - held_out), penalty, theta, 1e-6)
+        logits = newton.fold_logits(z, theta)  # (N, K, C)
         if scoring == "accuracy":
             score = (logits.argmax(2) == onehot.argmax(1, keepdim=True)).double()  # (N, K)
         else:
@@ -146,35 +164,15 @@ def set_head(model, probe):
 # ---------------------------------------------------------------------------- the FT stage
 
 
-def device_of(model):
-    return next(model.parameters()).device
-
-
-def to_device(batch, device):
-    # from pinned memory a GPU copies while the host goes on; from other memory on MPS it might copy too late
-    return {name: tensor.to(device, non_blocking=device.type == "cuda") for name, tensor in batch.items()}
-
-
-def padding(device):
-    """Batches are as long as a multiple of this: for every new shape a GPU first looks for its fastest kernels."""
-    return 8 if device.type == "cuda" else 1
-
-
-def mixed_precision(device):
-    """bfloat16 matrix products, around float32 weights, on CUDA cards that have them; else float32."""
-    has_them = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_them)
-
-
 @torch.no_grad()
 def predict(model, split, batch_size=64, desc=None):
     """(features (N, h), logits (N, C)) of a Split in its order: float32, on the CPU, no dropout."""
-    device, was_training = device_of(model), model.training
+    device, was_training = devices.device_of(model), model.training
     model.eval()
     batches, parts = evaluation_batches(split.lengths, batch_size), []
     for indices in tqdm(batches, desc=desc, disable=desc is None, leave=False):
-        batch, _ = split.batch(indices, padding(device))
-        parts.append(model.features(**to_device(batch, device)).float())
+        batch, _ = split.batch(indices, devices.padding(device))
+        parts.append(model.features(**devices.to_device(batch, device)).float())
     model.train(was_training)
     features = torch.empty(len(split), model.head.in_features)
     features[np.concatenate(batches)] = torch.cat(parts).cpu()  # all at once: a GPU is not waited for in between
@@ -208,186 +206,94 @@ def matthews(logits, labels):
 METRICS = {"accuracy": accuracy, "matthews": matthews}
 
 
-def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, on_epoch=None, metric="accuracy",
-              num_workers=0, state=None):
+def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, metric="accuracy", on_epoch=None, state=None):
     """The FT stage (paper Sec. 5): train what requires a gradient, keep the best validation epoch.
 
-    Adam, learning rate falling linearly to 0 without warm-up, gradient norm clipped at 1, dropout
-    as the encoder's configuration has it. `train` and `val` are Splits. After each epoch `on_epoch`
-    is called with a dict {epoch, loss, train_accuracy, val_accuracy, head_norm, lr}, and val_matthews
-    if that is the `metric`; epoch 0 is the start. Returns the list of these dicts; the model is left
-    in eval mode with the weights of the first epoch (1 or later) of the highest val_METRIC. Training
-    loss and accuracy are means over the steps of the epoch, with dropout on; of epoch 0, the start, they
-    are the model's, without. `lr` is that of the step to come. `seed` decides the order of the samples;
-    dropout draws from PyTorch's global generator.
+    Adam, learning rate falling linearly to 0 without warm-up, gradient norm clipped at 1, dropout as the encoder's
+    configuration has it. `train` and `val` are Splits; `seed` decides the order of the samples. Returns one dict an
+    epoch, {epoch, loss, train_accuracy, val_accuracy, val_METRIC, lr, head_norm}, which `on_epoch` gets too. Epoch 0
+    is the start, measured without dropout; later loss and train_accuracy are means over the steps, with dropout.
+    `lr` is that of the next step. The model is left in eval mode, with the weights of the first epoch after the
+    start that has the highest val_METRIC.
 
-    With a resume.StateFile as `state`, progress is saved in it after every epoch, inside long ones, and
-    on Ctrl-C; if it holds progress, the same model goes on from there, to the same numbers, and `on_epoch`
-    hears of the epochs that follow. Raises NotFinite, with the number of the step, where a loss or a
-    gradient is not finite: on a CPU at once, on a GPU before its weights are used for anything.
+    `state`, a RunState, keeps the last whole epoch; if it holds one, training goes on from there, to the same
+    numbers. Raises NotFinite after an epoch in which the loss or its gradient became infinite or NaN.
     """
-    device = device_of(model)
-    if epochs < 1 or batch_size < 1 or not len(train):
-        raise ValueError(f"fine-tuning: {epochs} epochs, batch size {batch_size}, {len(train)} training samples; "
-                         "expected 1 or more")
-    # weight decay 0 makes AdamW plain Adam
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0,
-                                  fused=device.type in ("cuda", "cpu"))
-    steps_per_epoch = math.ceil(len(train) / batch_size)
-    steps = epochs * steps_per_epoch
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0,  # without decay AdamW is Adam
+                                  fused=devices.device_of(model).type in ("cuda", "cpu"))
+    steps = epochs * math.ceil(len(train) / batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    progress = Progress(model, optimizer, schedule, steps_per_epoch, state)
-    with tqdm(total=steps, initial=progress.steps_done(), desc="fine-tuning", unit="step",
-              mininterval=1.0) as bar, progress.never_lost():
-        while progress.epoch <= epochs:
-            if progress.epoch == 0:  # the start, measured without dropout
-                loss, train_accuracy = before_training(model, train)
-            else:
-                generator = torch.Generator().manual_seed(seed * 1000 + progress.epoch)
-                batches = training_batches(train.lengths, batch_size, generator)[progress.step:]
-                train_epoch(model, load_batches(train, batches, num_workers, device), progress, bar)
-                progress.refuse_infinite()
-                loss, train_accuracy = (float(total) / len(train) for total in progress.totals[:2])
-            _, logits = predict(model, val)
-            if progress.epoch and not torch.isfinite(logits).all():  # what the last step did
-                raise NotFinite(f"the logits on validation became infinite or NaN in epoch {progress.epoch}, at --lr "
-                                f"{lr:g}; try a smaller one")
-            record = {"epoch": progress.epoch, "loss": loss, "train_accuracy": train_accuracy,
-                      "val_accuracy": accuracy(logits, val.labels),
-                      f"val_{metric}": METRICS[metric](logits, val.labels),
-                      "lr": schedule.get_last_lr()[0], "head_norm": float(model.head.weight.detach().norm())}
-            progress.end_epoch(record, record[f"val_{metric}"])
-            progress.save()
-            if on_epoch:
-                on_epoch(record)
-    model.load_state_dict(progress.best_weights, strict=False)
+    history, best = state.restore(model, optimizer, schedule) if state else ([], None)
+    for epoch in range(len(history), epochs + 1):
+        if epoch == 0:
+            _, logits = predict(model, train)
+            loss, train_accuracy = float(F.cross_entropy(logits, train.labels)), accuracy(logits, train.labels)
+        else:
+            order = torch.Generator().manual_seed(seed * 1000 + epoch)
+            batches = training_batches(train.lengths, batch_size, order)
+            loss, train_accuracy = train_epoch(model, train, batches, optimizer, schedule)
+        _, logits = predict(model, val)
+        if not (math.isfinite(loss) and torch.isfinite(logits).all()):
+            raise NotFinite(model, best, epoch, lr)
+        record = {"epoch": epoch, "loss": loss, "train_accuracy": train_accuracy,
+                  "val_accuracy": accuracy(logits, val.labels), f"val_{metric}": METRICS[metric](logits, val.labels),
+                  "lr": schedule.get_last_lr()[0], "head_norm": float(model.head.weight.detach().norm())}
+        history.append(record)
+        if epoch and record is best_epoch(history, metric):
+            best = {name: p.detach().clone() for name, p in trained.items()}
+        if state:
+            state.save(model, optimizer, schedule, history, best)
+        if on_epoch:
+            on_epoch(record)
+    model.load_state_dict(best, strict=False)  # frozen weights are unchanged, so they are not in it
     model.eval()
-    return progress.history
+    return history
 
 
-def before_training(model, train):
-    """(loss, accuracy) of the model as it is, without dropout."""
-    _, logits = predict(model, train)
-    loss = float(F.cross_entropy(logits, train.labels))
-    if not math.isfinite(loss):
-        raise NotFinite(f"the loss is {loss} before the first step of fine-tuning; the encoder's weights or the scale "
-                        "of the head are too large")
-    return loss, accuracy(logits, train.labels)
+def best_epoch(history, metric):
+    """Of fine_tune's dicts: the first epoch after the start that has the highest validation score."""
+    return max(history[1:], key=lambda record: record[f"val_{metric}"])
 
 
-def load_batches(split, batches, num_workers, device):
-    """(batch, labels) for each index array, cut and padded by `num_workers` processes, or by this one if 0."""
-    # its own generator: the loader draws a seed that nothing here uses, and must not shift dropout's
-    return DataLoader(batches, batch_size=None, collate_fn=partial(split.batch, multiple_of=padding(device)), num_workers=num_workers,
-                      pin_memory=device.type == "cuda", generator=torch.Generator())
+def train_epoch(model, split, batches, optimizer, schedule):
+    """One step of the optimizer for each index array in `batches`; (mean loss, accuracy) over their samples.
 
-
-def train_epoch(model, batches, progress, bar):
-    """One step per (batch, labels), counted in `progress`, which is saved between steps when that is due."""
-    device, totals = device_of(model), progress.totals  # loss, right predictions, good steps
+    The model is in train mode: dropout is on. A step is: logits (n, C), the mean cross-entropy of the batch, its
+    gradient, clipped to the norm 1 over all trained parameters together, a step of the optimizer, a step of the
+    schedule. Loss and accuracy are those before each step.
+    """
+    device = devices.device_of(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    totals = torch.zeros(2, device=device)  # loss and right predictions; to read them makes a GPU wait, so once
     model.train()
-    for batch, labels in batches:
-        with unbroken():  # Ctrl-C never leaves half a step
-            batch, labels = to_device(batch, device), labels.to(device, non_blocking=device.type == "cuda")
-            progress.optimizer.zero_grad()  # before the forward pass, which can then reuse the gradients' memory
-            with mixed_precision(device):
-                logits = model(**batch)  # (N, C)
-            loss = F.cross_entropy(logits.float(), labels)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(progress.trained.values(), max_norm=1.0)
-            finite = torch.isfinite(loss.detach() + norm) & (totals[2] == progress.step)  # (), on the device
-            totals[0] += loss.detach() * len(labels)
-            totals[1] += (logits.detach().argmax(1) == labels).sum()
-            totals[2] += finite
-            progress.step += 1
-            if device.type == "cpu" and not finite:  # before the step; to ask a GPU each time would make it wait
-                break
-            progress.optimizer.step()
-            progress.schedule.step()
-        if bar.update():  # it was drawn, which it is once a second: time to ask a GPU too
-            progress.refuse_infinite()
-        if progress.state and progress.state.due():
-            progress.save()
+    for indices in tqdm(batches, desc="fine-tuning", unit="step", mininterval=1.0, leave=False):
+        batch, labels = split.batch(indices, devices.padding(device))
+        batch = devices.to_device(batch | {"labels": labels}, device)
+        labels = batch.pop("labels")  # (n,)
+        optimizer.zero_grad()  # before the forward pass, which can then reuse the gradients' memory
+        with devices.mixed_precision(device):
+            logits = model(**batch)  # (n, C)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained, max_norm=1.0)  # before clipping
+        optimizer.step()
+        schedule.step()
+        totals[0] += loss.detach() * len(labels) + 0 * norm  # NaN also where only the gradient is not finite
+        totals[1] += (logits.detach().argmax(1) == labels).sum()
+    loss, right = totals.tolist()
+    return loss / len(split), right / len(split)
 
 
 class NotFinite(ValueError):
-    """Training became infinite or NaN; the model has the weights of epoch `kept_epoch`, if there is a good one."""
+    """Training became infinite or NaN; the model gets its best weights back, if there was a good epoch."""
 
-    kept_epoch = None
-
-
-class Progress:
-    """The FT stage's model, optimizer and schedule, and how far they are: what a saved state holds.
-
-    epoch, step     the epoch it is in, and how many steps of it are done
-    totals (3,)     of this epoch: loss and right predictions, summed over samples; steps before the first
-                    that is not finite. On the model's device: reading them would stall a GPU
-    history         on_epoch's dicts
-    best_weights    {name: trained parameter} of best_epoch, the first with best_score
-
-    With a StateFile that holds progress, all of it, weights and optimizer included, is taken from there.
-    """
-
-    def __init__(self, model, optimizer, schedule, steps_per_epoch, state=None):
-        self.model, self.optimizer, self.schedule = model, optimizer, schedule
-        self.steps_per_epoch, self.state = steps_per_epoch, state
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.epoch, self.step, self.totals, self.history = 0, 0, torch.zeros(3), []
-        self.best_epoch, self.best_score, self.best_weights = None, -math.inf, None
-        if state and "ft" in state.parts:
-            saved = state.parts.pop("ft")
-            model.load_state_dict(saved.pop("weights"), strict=False)  # what is not trained has not moved
-            optimizer.load_state_dict(saved.pop("optimizer"))
-            schedule.load_state_dict(saved.pop("schedule"))
-            set_random_state(saved.pop("random"))
-            vars(self).update(saved)
-        self.totals = self.totals.to(device_of(model))
-
-    def save(self):
-        """In the StateFile, if there is one."""
-        if not self.state:
-            return
-        self.refuse_infinite()
-        plain = ("epoch", "step", "totals", "history", "best_epoch", "best_score", "best_weights")
-        self.state.save(ft={name: getattr(self, name) for name in plain} | {
-            "weights": {name: p.detach() for name, p in self.trained.items()},
-            "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-            "random": random_state(device_of(self.model))})
-
-    def steps_done(self):
-        return max(self.epoch - 1, 0) * self.steps_per_epoch + self.step
-
-    def end_epoch(self, record, score):
-        with unbroken():
-            self.history.append(record)
-            if self.epoch and score > self.best_score:
-                self.best_epoch, self.best_score = self.epoch, score
-                self.best_weights = {name: p.detach().clone() for name, p in self.trained.items()}
-            self.epoch, self.step = self.epoch + 1, 0
-            self.totals.zero_()
-
-    def refuse_infinite(self):
-        """NotFinite if a step of this epoch had a loss or a gradient that is infinite or NaN."""
-        good = int(self.totals[2])  # steps in a row before it
-        if good < self.step:
-            step = (self.epoch - 1) * self.steps_per_epoch + good + 1
-            raise NotFinite(f"the loss or its gradient became infinite or NaN in step {step}, epoch {self.epoch}, "
-                            f"at --lr {self.schedule.base_lrs[0]:g}" + "; try a smaller one" * (step > 1))
-
-    @contextmanager
-    def never_lost(self):
-        """Ctrl-C saves; a loss that is not finite leaves the best weights in the model."""
-        try:
-            try:
-                yield
-            except KeyboardInterrupt:
-                self.save()
-                raise
-        except NotFinite as error:  # from that save(), too
-            if self.best_weights:
-                self.model.load_state_dict(self.best_weights, strict=False)
-                error.kept_epoch = self.best_epoch
-            raise
+    def __init__(self, model, best, epoch, lr):
+        self.kept = best is not None
+        if self.kept:
+            model.load_state_dict(best, strict=False)
+        super().__init__(f"the loss, its gradient or the logits became infinite or NaN in epoch {epoch}, at --lr {lr:g}"
+                         + ("; try a smaller one" if epoch else ": the encoder's weights or the head are too large"))
 
 
 # ---------------------------------------------------------------------------- calibration

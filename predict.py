@@ -10,7 +10,6 @@ the run. Read, classified and written 10,000 lines at a time: a file of any leng
 Exit status: 0 done, 2 bad input (one line says what; lines before it are written), 130 interrupted.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -18,22 +17,21 @@ from itertools import islice
 from pathlib import Path
 
 import plumbing  # noqa: F401  before torch
-import torch
 from tqdm import tqdm
 
 from data import count_unknown, encode
 from data.readers import decode_lines
-from plumbing.export import load_classifier
 from lpft import predict
-from train import choose_device
+from plumbing.devices import choose_device
+from plumbing.export import load_classifier
+from plumbing.flags import Parser, exit_status
 
 CHUNK = 10_000  # lines; sorted by length within, so that batches hold little padding
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Classify lines of text with a finished run of train.py.",
-                                     epilog="Example: echo 'the screen was good .' | "
-                                            "python predict.py RUN_DIR", allow_abbrev=False)
+    parser = Parser("predict.py", description="Classify lines of text with a finished run of train.py.",
+                    epilog="Example: echo 'the screen was good .' | python predict.py RUN_DIR")
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's folder, as train.py printed it")
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE",
                         help="UTF-8, one sample a line; the two texts of a pair with a tab between (default: "
@@ -45,7 +43,6 @@ def parse_args(argv=None):
                         help="samples at once (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                         help="auto takes cuda, else mps, else cpu (default: %(default)s)")
-    parser.error = lambda message: parser.exit(2, f"predict.py: error: {message}\n")
     args = parser.parse_intermixed_args(argv)  # flags between RUN_DIR and FILE, too
     if args.batch_size < 1:
         parser.error(f"--batch-size is {args.batch_size}; expected 1 or more")
@@ -119,18 +116,14 @@ def run(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush into it
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"predict.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\npredict.py: interrupted", file=sys.stderr)
-        return 130
+
+    def work():
+        try:
+            run(args)
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush into it
+
+    return exit_status("predict.py", work)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,13 @@
     task.splits["train"].batch([3, 1, 4]) -> ({input_ids, attention_mask, token_type_ids}, labels)
 
 `data.tiny` generates the embedded benchmark, `data.readers` reads files of your own, `data.corpora` the
-paper's. Rows pass one by one, first to be checked, then to be tokenized: no text is kept.
+paper's.
 Shapes: N samples, L tokens of the longest sample in the batch.
 """
 
 from array import array
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +28,7 @@ class Task:
     labels: list  # class names, by class index
     metric: str = "accuracy"  # by which epochs are chosen and methods compared; or "matthews"
     pairs: bool = False  # whether a sample is two texts
+    skipped: dict = field(default_factory=dict)  # {name of a file: its rows without text}, see Rows
 
     @property
     def test_names(self):
@@ -107,19 +106,18 @@ def evaluation_batches(lengths, batch_size):
 
 @dataclass
 class Rows:
-    """A task's texts, read and checked but not kept."""
+    """A task's texts, read and checked."""
 
-    splits: dict  # {name: (function that yields (where, text_a, text_b or None, label), wanted rows)}
-    indices: dict  # {name: class index of each wanted row, (N,)}
-    skipped: dict  # {name of a file: its rows without text}, which only BOSS may have
-    labels: dict  # {label in the file: name}, by class index
+    splits: dict  # {name: [(text_a, text_b or None, class index), ...]}
+    labels: list  # class names, by class index
     metric: str
     pairs: bool
+    skipped: dict  # {name of a file: its rows without text}, which only BOSS may have
     name: str  # of the task or its folder
 
 
 def read_task(name_or_directory, data_dir=None):
-    """Read every row of a task once, as Rows; ValueError or FileNotFoundError for the first bad one.
+    """Read a task as Rows; ValueError or FileNotFoundError for the first bad row.
 
     A task without val gives the last tenth of its training rows to validation, unshuffled.
     """
@@ -135,61 +133,58 @@ def read_task(name_or_directory, data_dir=None):
         sources = corpora.corpus_sources(name_or_directory, data_dir or "datasets")
     else:
         sources = readers.folder_sources(Path(name_or_directory))
-        counts = Counter(label for *_, label in sources["train"]())
-        readers.refuse_typos(sources["train"], counts)
-        labels = {name: name for name in readers.sort_labels(counts)}
-    _, pairs, _ = read_labels(sources["train"], labels, None)
-    read = {split: read_labels(source, labels, pairs) for split, source in sources.items()}
-    indices = {split: found for split, (found, _, _) in read.items()}
-    skipped = {split: count for split, (_, _, count) in read.items() if count}
-    splits = {split: (source, np.arange(len(indices[split]))) for split, source in sources.items()}
+    rows, skipped = {}, {}
+    for split, source in sources.items():
+        everything = list(source())  # of (where, text_a, text_b or None, label); text_a is None in a row to skip
+        rows[split] = [row for row in everything if row[1] is not None]
+        if len(rows[split]) < len(everything):
+            skipped[split] = len(everything) - len(rows[split])
+        if not rows[split]:
+            raise ValueError(f"{source.args[0]}, line 1: no rows of text up to the end of the file")
+    if labels is None:
+        readers.refuse_typos(rows["train"])
+        labels = {name: name for name in readers.sort_labels({label for *_, label in rows["train"]})}
+    if len(labels) < 2:
+        raise ValueError(f"{rows['train'][-1][0]}: the end of the file; {[*labels][0]!r} is its only label, expected two "
+                         "or more")
+    pairs = rows["train"][0][2] is not None
+    splits = {split: check_rows(rows[split], labels, pairs) for split in rows}
     if "val" not in splits:
-        (source, rows), found = splits["train"], indices["train"]
-        kept = len(rows) - len(rows) // 10  # the last tenth, unshuffled
-        if len(set(found[kept:])) < 2:
-            *_, (where, *_) = source()
-            only = [*labels.values()][found[-1]]
-            why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more, or "
-                   "a val file" if len(rows) < 20 else
-                   f"all of the last tenth of the {len(rows)} rows, to be validation, is {only}; put the "
-                   "rows in random order or add a val file")
-            raise ValueError(f"{where}: the end; there is no val file, and {why}")
-        splits["train"], splits["val"] = (source, rows[:kept]), (source, rows[kept:])
-        indices["train"], indices["val"] = found[:kept], found[kept:]
+        splits["train"], splits["val"] = last_tenth(splits["train"], rows["train"][-1][0], [*labels.values()])
     order = dict.fromkeys(name for name in ("train", "val", "test", *splits) if name in splits)
-    return Rows({name: splits[name] for name in order}, indices, skipped, labels, metric, pairs,
+    return Rows({name: splits[name] for name in order}, [*labels.values()], metric, pairs, skipped,
                 str(name_or_directory))
 
 
 def tiny_rows(samples):
     from data.tiny import LABELS
 
-    for text, label in samples:
-        yield "", text, None, LABELS[label]
+    return [("", text, None, LABELS[label]) for text, label in samples]
 
 
-def read_labels(source, labels, pairs):
-    """(class index of each row, whether it is pairs, number of rows without text, which are no rows).
-
-    `pairs`, if not None, says what it has to be.
-    """
-    index, found, skipped = {label: i for i, label in enumerate(labels)}, array("q"), 0
-    for where, text_a, text_b, label in source():
-        if text_a is None:
-            skipped += 1
-            continue
-        pairs = text_b is not None if pairs is None else pairs
+def check_rows(rows, labels, pairs):
+    """[(text_a, text_b or None, class index), ...] of rows (where, text_a, text_b or None, label)."""
+    index, checked = {label: i for i, label in enumerate(labels)}, []
+    for where, text_a, text_b, label in rows:
         if (text_b is not None) != pairs:
             raise ValueError(f"{where}: {'one text' if pairs else 'two texts'}, where the first training row has "
                              f"{'two' if pairs else 'one'}")
         if label not in index:
             raise ValueError(f"{where}: label {label[:60]!r}; expected one of {readers.listing(labels)}")
-        found.append(index[label])
-    if not found:
-        raise ValueError(f"{source.args[0]}, line 1: no rows of text up to the end of the file")
-    if len(index) < 2:
-        raise ValueError(f"{where}: the end of the file; {label!r} is its only label, expected two or more")
-    return np.asarray(found, np.int64), pairs, skipped
+        checked.append((text_a, text_b, index[label]))
+    return checked
+
+
+def last_tenth(rows, where, names):
+    """(rows for training, the last tenth for validation); `where` is the last row, for the message."""
+    kept = len(rows) - len(rows) // 10
+    if len({index for *_, index in rows[kept:]}) < 2:
+        why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more, or a val file"
+               if len(rows) < 20 else
+               f"all of the last tenth of the {len(rows)} rows, to be validation, is {names[rows[-1][2]]}; put the "
+               "rows in random order or add a val file")
+        raise ValueError(f"{where}: the end; there is no val file, and {why}")
+    return rows[:kept], rows[kept:]
 
 
 def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0, max_test=None):
@@ -197,52 +192,36 @@ def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_t
 
     max_train keeps that many training samples, drawn with `seed`, in their original order; max_test as many
     of test and of each OOD split, the same for every seed, and with 0 the task has neither. Instead of a name,
-    Rows that read_task has checked. Raises ValueError or FileNotFoundError that names the file, the line and
+    Rows that read_task has read. Raises ValueError or FileNotFoundError that names the file, the line and
     what was expected.
     """
     rows = name_or_directory
     if not isinstance(rows, Rows):
         rows = read_task(name_or_directory, data_dir)
-    splits, names = dict(rows.splits), list(rows.labels.values())
-    for name, (source, wanted) in rows.splits.items():
-        if name == "train":
-            splits[name] = source, draw(wanted, max_train, seed)
-        elif name != "val":
-            splits[name] = source, draw(wanted, max_test, 0)
-            if max_test == 0:
-                del splits[name]
-    refuse_missing_classes(rows, splits["train"][1])
-    index = {label: i for i, label in enumerate(rows.labels)}
-    encoded = {name: encode(tokenizer, pick(source, wanted, index), max_length)
-               for name, (source, wanted) in splits.items()}
-    return Task(encoded, names, rows.metric, rows.pairs)
+    splits = {"train": draw_train(rows, max_train, seed), "val": rows.splits["val"]}
+    splits |= {name: draw(split, max_test, 0) for name, split in rows.splits.items()
+               if name not in splits and max_test != 0}
+    encoded = {name: encode(tokenizer, split, max_length) for name, split in splits.items()}
+    return Task(encoded, rows.labels, rows.metric, rows.pairs, rows.skipped)
 
 
-def refuse_missing_classes(rows, train, how=""):
-    """ValueError if one of the classes has none of the training rows of these numbers; `how` they came about."""
-    names = list(rows.labels.values())
-    missing = set(range(len(names))) - set(rows.indices["train"][train].tolist())
-    if missing:
-        raise ValueError(f"{rows.name}: the {len(train)} training samples{how} have no "
-                         f"{readers.listing([names[i] for i in sorted(missing)])}; every class needs samples there")
-
-
-def draw(wanted, most, seed):
-    """At most that many of the row numbers, drawn with `seed`, in their order; all of them if None."""
-    if most is None or most >= len(wanted):
-        return wanted
+def draw(rows, most, seed):
+    """At most that many of the rows, drawn with `seed`, in their order; all of them if None."""
+    if most is None or most >= len(rows):
+        return rows
     generator = torch.Generator().manual_seed(seed)
-    return wanted[torch.randperm(len(wanted), generator=generator)[:most].sort().values.numpy()]
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator)[:most].sort().values.tolist()]
 
 
-def pick(source, wanted, index):
-    """Yield (text_a, text_b or None, class index) of the rows whose numbers are in `wanted`, rising."""
-    wanted = iter(wanted.tolist())
-    following = next(wanted, None)
-    for number, (_, text_a, text_b, label) in enumerate(row for row in source() if row[1] is not None):
-        if number == following:
-            yield text_a, text_b, index[label]
-            following = next(wanted, None)
+def draw_train(rows, max_train, seed):
+    """At most max_train training rows of Rows, drawn with `seed`; ValueError if a class has none of them."""
+    train = draw(rows.splits["train"], max_train, seed)
+    missing = set(range(len(rows.labels))) - {index for *_, index in train}
+    if missing:
+        raise ValueError(f"{rows.name}: the {len(train)} training samples" + f" drawn with seed {seed}" * bool(max_train)
+                         + f" have no {readers.listing([rows.labels[i] for i in sorted(missing)])}; every class needs "
+                         "samples there")
+    return train
 
 
 def count_unknown(tokenizer, split, pairs):
@@ -253,16 +232,16 @@ def count_unknown(tokenizer, split, pairs):
 
 
 def encode(tokenizer, rows, max_length):
-    """Tokenize an iterable of (text_a, text_b or None, class index); pairs are cut longest first."""
+    """Tokenize a list of (text_a, text_b or None, class index); pairs are cut longest first."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length, strategy="longest_first")
-    pad_token_id = next((i for i in map(tokenizer.token_to_id, ("[PAD]", "<pad>")) if i is not None),
-                        0)
+    pad_token_id = next((i for i in map(tokenizer.token_to_id, ("[PAD]", "<pad>")) if i is not None), 0)
 
-    def examples(rows):
-        while chunk := list(islice(rows, 1000)):
+    def examples():
+        for start in range(0, len(rows), 1000):  # what the tokenizer gives takes 100 times the ids' memory
+            chunk = rows[start:start + 1000]
             texts = [a if b is None else (a, b) for a, b, _ in chunk]
             for encoding, (*_, label) in zip(tokenizer.encode_batch(texts), chunk):
                 yield encoding.ids, encoding.type_ids, label
 
-    return Split(examples(iter(rows)), pad_token_id)
+    return Split(examples(), pad_token_id)

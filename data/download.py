@@ -19,12 +19,11 @@ import zipfile
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data import read_labels
+from data import check_rows
 from data.corpora import CORPORA
 
 SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
@@ -85,7 +84,8 @@ def download(name, data_dir, sources=SOURCES):
         for split, path in fetched.items():
             url = source.urls.get(split) or source.urls[""]
             try:
-                found = len(read_labels(partial(corpus.read, path), corpus.labels, None)[0])
+                rows = [row for row in corpus.read(path) if row[1] is not None]
+                found = len(check_rows(rows, corpus.labels, pairs=bool(rows) and rows[0][2] is not None))
             except ValueError as error:
                 raise ValueError(f"{url}: {corpus.files[split]} is not as expected: "
                                  f"{str(error).removeprefix(f'{path}, ')}") from None

@@ -17,6 +17,7 @@ import re
 import shlex
 import sys
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections import Counter
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -201,20 +202,19 @@ def read_table(path):
         raise ValueError(f"{path}, line {line}: {why}") from None
 
 
-def refuse_typos(source, counts):
+def refuse_typos(rows):
     """ValueError for a label of a single row that is spelt nearly as one of five rows or more.
 
-    `counts` {label: rows}. Labels with other numbers in them, such as class 1 and class 2, are not alike.
+    `rows` (where, text_a, text_b, label). Labels with other numbers in them, as class 1 and class 2, are not alike.
     """
-    often = {label.lower(): label for label, rows in counts.items() if rows >= 5}
-    for label in (label for label, rows in counts.items() if rows == 1):
-        for other in get_close_matches(label.lower(), often, cutoff=0.85):
+    counts = Counter(label for *_, label in rows)
+    often = {label.lower(): label for label, count in counts.items() if count >= 5}
+    for where, text, _, label in rows:
+        for other in get_close_matches(label.lower(), often, cutoff=0.85) if counts[label] == 1 else ():
             if re.findall(r"\d+", label) == re.findall(r"\d+", other):
-                where, text, *_ = next(row for row in source() if row[3] == label)
-                other = often[other]
                 raise ValueError(f"{where}: label {label[:60]!r} occurs once, of the text {text[:60]!r}, and "
-                                 f"{other[:60]!r} {counts[other]} times; correct it, or, if it is a class of "
-                                 "its own, add rows of it")
+                                 f"{often[other][:60]!r} {counts[often[other]]} times; correct it, or, if it is a class "
+                                 "of its own, add rows of it")
 
 
 def sort_labels(labels):

@@ -7,7 +7,6 @@ Ito's, which colour-blind readers tell apart, one to a method throughout (one to
 Needs matplotlib and scikit-learn.
 """
 
-import argparse
 import functools
 import json
 import statistics
@@ -30,14 +29,14 @@ except ImportError as error:
         raise
     sys.exit(f"lab.figures: error: {error}; pip install -r requirements-dev.txt")
 
-from plumbing.checkpoint import read_json
-from lab.claims import scale_names
 from data import load_task
-from plumbing.export import load_classifier
+from lab.claims import scale_names
+from lab.report import METHODS, complete_seeds, read_planned
 from lpft import predict
 from ntk import kernel_statistics
-from lab.report import METHODS, complete_seeds, read_planned
-from plumbing.run_folder import status_of
+from plumbing.export import load_classifier
+from plumbing.files import read_json
+from plumbing.flags import Parser, exit_status
 
 COLOURS = {"pre-trained": "#555555", "LP": "#E69F00", "FT": "#0072B2", "LoRA": "#56B4E9", "LP-FT": "#D55E00",
            "LP-LoRA": "#CC79A7"}
@@ -275,23 +274,19 @@ def make_all(out, results, most):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Figures of a folder that lab.reproduce made.")
-    parser.add_argument("folder", type=Path, help="the --out of reproduce.py")
+    parser = Parser("lab.figures", description="Figures of a folder that lab.reproduce made.")
+    parser.add_argument("folder", type=Path, help="the --out of lab.reproduce")
     out = parser.parse_args(argv).folder
-    try:
+
+    def work():
         plan, results, _ = read_planned(out)
         drawn, problems = make_all(out, results, plan["seeds"])
         for title, file in drawn.items():
             print(f"{title}: {out / 'figures' / file}.svg, .png")
         for problem in problems:
             print(f"not drawn: {problem}")
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"lab.figures: error: {error}", file=sys.stderr)
-        return status_of(error)
-    except KeyboardInterrupt:
-        print("\nfigures.py: interrupted", file=sys.stderr)
-        return 130
+
+    return exit_status("lab.figures", work)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ thousand steps, so a gate checks at the end that a linear probe can read it.
 Shapes: N documents, L tokens.
 """
 
-import argparse
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -27,10 +26,10 @@ from data import encode, evaluation_batches, tiny
 from lpft import accuracy, fit_linear_probe, predict, set_head
 from model import Classifier, Encoder, EncoderConfig, SelfAttention, init_weights
 from plumbing.checkpoint import save_pretrained
-from plumbing.run_folder import status_of
+from plumbing.flags import Failed, Parser, exit_status
 
 
-class PolarityNotLearnt(RuntimeError):
+class PolarityNotLearnt(Failed):
     """The tiny encoder failed its gate; using it would make every result meaningless."""
 
 
@@ -153,31 +152,23 @@ def check_polarity(encoder, tokenizer, settings):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("lab.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the language and the weights (default: 0)")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="a new folder for the encoder, for train.py --model DIR (default: tiny-encoder-seedN)")
-    parser.error = lambda message: parser.exit(2, f"lab.pretrain: error: {message}\n")
     args = parser.parse_args(argv)
     out = args.out or Path(f"tiny-encoder-seed{args.seed}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         parser.error(f"--out {out}: holds something already; expected a new or empty folder")
-    try:
+
+    def work():
         settings, tokenizer = Settings(seed=args.seed), tiny.make_tokenizer()
         encoder = pretrain(settings)
         check_polarity(encoder, tokenizer, settings)
         save_pretrained(out, encoder, tokenizer)
         print(f"the encoder is in {out}; use it with: python train.py --model {out}")
-        return 0
-    except PolarityNotLearnt as error:
-        print(f"lab.pretrain: error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"lab.pretrain: error: {error}", file=sys.stderr)
-        return status_of(error)
-    except KeyboardInterrupt:
-        print("\nlab.pretrain: interrupted; nothing was written", file=sys.stderr)
-        return 130
+
+    return exit_status("lab.pretrain", work, lambda: "; nothing was written")
 
 
 if __name__ == "__main__":

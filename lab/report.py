@@ -8,7 +8,6 @@ the key it has in the result.json files, and these files) and figures/. In order
 figures drawn in figures.py, which needs matplotlib and scikit-learn; without them the rest comes out.
 """
 
-import argparse
 import base64
 import html
 import json
@@ -17,9 +16,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from plumbing.checkpoint import read_json
 from lab.claims import judge, look_up, scale_names
-from plumbing.run_folder import status_of, write_text
+from plumbing.files import read_json, write_text
+from plumbing.flags import Parser, exit_status
 
 METHODS = {"LP": ("lp", False), "FT": ("ft", False), "LoRA": ("ft", True), "LP-FT": ("lpft", False),
            "LP-LoRA": ("lpft", True)}  # (train.py's --method, --lora)
@@ -436,18 +435,10 @@ def as_html(title, intro, judged, filled, figures, commands, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Tables, figures and verdicts of a folder that lab.reproduce made.")
-    parser.add_argument("folder", type=Path, help="the --out of reproduce.py")
+    parser = Parser("lab.report", description="Tables, figures and verdicts of a folder that lab.reproduce made.")
+    parser.add_argument("folder", type=Path, help="the --out of lab.reproduce")
     args = parser.parse_args(argv)
-    try:
-        write_report(args.folder)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"lab.report: error: {error}", file=sys.stderr)
-        return status_of(error)
-    except KeyboardInterrupt:
-        print("\nreport.py: interrupted", file=sys.stderr)
-        return 130
+    return exit_status("lab.report", lambda: write_report(args.folder))
 
 
 if __name__ == "__main__":

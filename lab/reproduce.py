@@ -15,7 +15,6 @@ never repeated: after an interruption the same command goes on. A run that fails
 Exit status: 0 done, 2 bad input (one line says what), 1 a run failed, 130 interrupted.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -29,15 +28,15 @@ from pathlib import Path
 from threading import Event
 
 import plumbing  # noqa: F401  before torch
-import numpy as np
 import torch
 
 import train
-from plumbing.checkpoint import read_json
-from data import draw, load_task, read_task, refuse_missing_classes, tiny
-from plumbing.checkpoint import load_pretrained
+from data import draw_train, load_task, read_task, tiny
 from lab.report import METHODS, PLAN, choose_rates, last_error, read_flags, read_plan, read_results, write_report
-from plumbing.run_folder import lock_folder, status_of, write_text
+from plumbing.checkpoint import load_pretrained
+from plumbing.files import read_json, write_text
+from plumbing.flags import Failed, Parser, check_task, configuration, exit_status
+from plumbing.run_folder import lock_folder
 
 TUNING_SEEDS = (101, 102)
 SCALES = (0.1, 0.5, 1, 2, 5, 10, 50, 100)  # of the head, Fig. 3
@@ -45,8 +44,7 @@ RATE_FACTORS = (1 / 3, 1, 3)  # of train.py's learning rate
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Regenerate the paper's tables and judge its claims.",
-                                     allow_abbrev=False)  # --seed is another flag
+    parser = Parser("lab.reproduce", description="Regenerate the paper's tables and judge its claims.")
     handed = parser.add_argument_group("handed to train.py, whose --help says more")
     handed.add_argument("--data", default="tiny", help="a task by name, or a folder (default: %(default)s)")
     handed.add_argument("--data-dir", type=Path, help="where the paper's data sets lie")
@@ -68,7 +66,6 @@ def parse_args(argv=None):
     parser.add_argument("--jobs", type=int, default=jobs, metavar="N",
                         help="processes side by side (default: half the processors; 1 with a GPU)")
     parser.add_argument("--out", type=Path, help="folder of everything (default: reproduction/DATA-MODEL)")
-    parser.error = lambda message: parser.exit(2, f"lab.reproduce: error: {message}\n")
     args = parser.parse_args(argv)
     for flag, value, least, most in (("--seeds", args.seeds, 2, TUNING_SEEDS[0] - 1), ("--jobs", args.jobs, 1, 1000),
                                      ("--ntk", args.ntk, 0, 250), ("--max-test", args.max_test, 1, 1e15)):
@@ -153,7 +150,7 @@ def refuse_other_flags(args, runs):
                              "choose another --out")
         config = next((read_json(path) for path in (folder / "config.json", partial / "config.json")
                        if path.is_file()), {})
-        wanted = train.configuration(train.parse_args(flags))
+        wanted = configuration(train.parse_args(flags))
         for key in ("data", "data_dir", "model"):
             if config.get(key, wanted.get(key)) != wanted.get(key):
                 raise ValueError(f"{folder}: was made with {config[key]}; now it would be with {wanted.get(key)}; "
@@ -241,17 +238,16 @@ def check_data(args):
     rows = read_task(args.data, args.data_dir)
     if "test" not in rows.splits:
         raise ValueError(f"--data {args.data}: has no test split, which tables and claims are about")
-    labels = rows.indices
+    labels = {split: torch.tensor([index for *_, index in samples]) for split, samples in rows.splits.items()}
     for seed in (*range(1, args.seeds + 1), *(() if args.no_tuning else TUNING_SEEDS)):
-        drawn = draw(np.arange(len(labels["train"])), args.max_train, seed)
-        refuse_missing_classes(rows, drawn, f" drawn with seed {seed}" * (args.max_train is not None))
+        drawn = draw_train(rows, args.max_train, seed)
         if args.ntk and seed not in TUNING_SEEDS:
-            of_seed = labels | {"train": labels["train"][drawn]}
-            train.pick_ntk_samples(args.ntk, seed, of_seed, list(rows.labels.values()))
+            of_seed = labels | {"train": torch.tensor([index for *_, index in drawn])}
+            train.pick_ntk_samples(args.ntk, seed, of_seed, rows.labels)
     encoder, tokenizer = load_pretrained(tiny.ENCODER if args.model == "tiny" else args.model)
     flags = train.parse_args(common_flags(args, "LP-LoRA", seed=1))
     task = load_task(rows, tokenizer, flags.max_length, max_train=args.max_train, seed=1, max_test=args.max_test)
-    train.refuse_what_does_not_fit(flags, task, tokenizer, encoder.config)
+    check_task(flags, task, tokenizer, encoder.config)
 
 
 def find_rates(args):
@@ -269,7 +265,7 @@ def find_rates(args):
 
 
 def reproduce(args, command):
-    """Tuning, all other runs, the report; returns the exit status."""
+    """Tuning, all other runs, the report; Failed if a run failed."""
     for flags in main_runs(args, {}).values():  # a flag that train.py refuses ends here, not after an hour
         train.parse_args(flags)
     if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "runs").is_dir():
@@ -293,23 +289,15 @@ def reproduce(args, command):
     finally:
         lock.release()
     if failed:
-        print("These runs failed; the same command tries them again, except for tuning (from the beginning if you "
-              f"delete their folder, {args.out / 'runs'}/NAME.partial):", file=sys.stderr)
         print("\n".join(f"  {name}: {why}" for name, why in failed.items()), file=sys.stderr)
-    return 1 if failed else 0
+        raise Failed(f"{len(failed)} runs failed; the same command tries them again, except for tuning (from the beginning "
+                     f"if you delete their folder, {args.out / 'runs'}/NAME.partial)")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    command = shlex.join(["python", "reproduce.py", *(sys.argv[1:] if argv is None else argv)])
-    try:
-        return reproduce(args, command)
-    except (ValueError, OSError) as error:
-        print(f"lab.reproduce: error: {error}", file=sys.stderr)
-        return status_of(error)
-    except KeyboardInterrupt:
-        print("\nreproduce.py: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    command = shlex.join(["python", "-m", "lab.reproduce", *(sys.argv[1:] if argv is None else argv)])
+    return exit_status("lab.reproduce", lambda: reproduce(args, command), lambda: "; the same command goes on")
 
 
 if __name__ == "__main__":

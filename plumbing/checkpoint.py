@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from model import Encoder, EncoderConfig, has_lora
-from plumbing.run_folder import write_text, write_whole
+from plumbing.files import read_json, write_text, write_whole
 
 INDEX = "model.safetensors.index.json"  # of a sharded checkpoint: which tensor is in which file
 
@@ -207,20 +207,6 @@ def download_checkpoint(name):
         raise FileNotFoundError(f"--model {name}: no such folder, and the hub does not give it ({reason}); "
                                 "give --model the path of a local folder with the checkpoint") from None
     return weights.parent
-
-
-def read_json(path):
-    """The object in a JSON file, as a dict."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds config.json, tokenizer.json "
-                                "and model.safetensors or pytorch_model.bin")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
 
 
 def read_tokenizer(path, vocab_size):

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from plumbing.checkpoint import read_json, read_safetensors, read_tokenizer, write_safetensors
 from model import Classifier, Encoder, LoRALinear, add_lora, has_lora, merge_lora
-from plumbing.checkpoint import check_config, huggingface_names, save_pretrained
-from plumbing.run_folder import write_text
+from plumbing.checkpoint import (check_config, huggingface_names, read_safetensors, read_tokenizer, save_pretrained,
+                                 write_safetensors)
+from plumbing.files import read_json, write_text
 
 
 def lora_settings(encoder):

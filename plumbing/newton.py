@@ -11,42 +11,35 @@ def fold_logits(z, theta):
     return (z @ theta.flatten(0, 1).T).unflatten(1, theta.shape[:2])
 
 
-def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance, on_step=None):
+def minimise_logistic(objective, z, strength, penalty, theta, tolerance, on_step=None):
     """K weighted logistic regressions at once, by Newton's method with conjugate gradients.
 
-    z (N, k + 1), onehot (N, C), weights (N, K), penalty (k + 1,), start theta (K, C, k + 1). Each
-    problem is convex: minimise inverse_l2 * sum_i weights_i loss_i + 1/2 sum penalty * theta^2
-    until its gradient norm is `tolerance` times that at theta = 0. ArithmeticError if it is not.
+    `objective` is lpft.lp_objective of one problem: theta (C, k + 1), strength (N,) -> value, gradient. Here are
+    z (N, k + 1), strength (N, K), penalty (k + 1,), start theta (K, C, k + 1). Each problem is convex: its value
+    is minimised until its gradient norm is `tolerance` times that at theta = 0. ArithmeticError if it is not.
     """
-    strength = inverse_l2 * weights.unsqueeze(2)  # (N, K, 1)
-    target = onehot.unsqueeze(1)  # (N, 1, C)
-
-    def objective(theta):
-        losses = -(fold_logits(z, theta).log_softmax(2) * target * strength).sum((0, 2))  # (K,)
-        return losses + 0.5 * (penalty * theta.square()).sum((1, 2))
-
-    def back(errors, inputs):  # of logits (N, K, C), to theta (K, C, k + 1)
-        return ((strength * errors).flatten(1).T @ inputs).unflatten(0, theta.shape[:2])
-
     def centred(theta):  # softmax is blind to the mean of the bias over classes: what is there is rounding
         theta[:, :, -1] -= theta[:, :, -1].mean(1, keepdim=True)
         return theta
 
-    def gradient(theta):
-        probs = fold_logits(z, theta).softmax(2)  # (N, K, C)
-        return probs, centred(back(probs - target, z) + penalty * theta)  # (K, C, k + 1)
+    def evaluate(theta):  # (K,), (K, C, k + 1)
+        value, gradient = torch.vmap(objective, in_dims=(0, 1))(theta, strength)
+        return value, centred(gradient)
 
-    goal = tolerance * gradient(torch.zeros_like(theta))[1].norm(dim=(1, 2))  # (K,)
+    def back(errors, inputs):  # of logits (N, K, C), to theta (K, C, k + 1)
+        return ((strength[:, :, None] * errors).flatten(1).T @ inputs).unflatten(0, theta.shape[:2])
+
+    goal = tolerance * evaluate(torch.zeros_like(theta))[1].norm(dim=(1, 2))  # (K,)
     # where theta = 0 is the solution already, that is rounding alone: not below it
-    goal = goal.maximum(1e-14 * strength[:, :, 0].T @ z.norm(dim=1))
-    value, z_squared = objective(theta), z.square()
+    goal = goal.maximum(1e-14 * strength.T @ z.norm(dim=1))
+    (value, grad), z_squared = evaluate(theta), z.square()
     for _ in range(100):
         if on_step:
             on_step(theta)
-        probs, grad = gradient(theta)
         grad_norm = grad.norm(dim=(1, 2))  # (K,)
         if (grad_norm <= goal).all():
             return theta
+        probs = fold_logits(z, theta).softmax(2)  # (N, K, C)
         diagonal = back(probs * (1 - probs), z_squared) + penalty  # (K, C, k + 1)
 
         def hessian_times(direction):
@@ -60,14 +53,14 @@ def minimise_logistic(z, onehot, weights, inverse_l2, penalty, theta, tolerance,
         slope, size = (grad * step).sum((1, 2)), torch.ones_like(value)  # (K,)
         for _ in range(40):  # halve the steps that do not lower their objective enough (Armijo)
             candidate = theta + size[:, None, None] * step
-            new_value = objective(candidate)
+            new_value, new_grad = evaluate(candidate)
             # near the solution the gain drowns in the rounding of the objective: allow for that
             too_far = new_value > value + 1e-4 * size * slope + 1e-14 * value.abs()
             if not too_far.any():
                 break
             size = torch.where(too_far, size / 2, size)
-        theta, value = candidate, new_value
-    raise ArithmeticError(f"linear probing did not converge at inverse_l2 {inverse_l2:g}: gradient norm "
+        theta, value, grad = candidate, new_value, new_grad
+    raise ArithmeticError(f"linear probing did not converge at inverse_l2 {float(strength.max()):g}: gradient norm "
                           f"{float(grad_norm.max()):.2e}, goal {float(goal.min()):.2e}")
 
 

@@ -1,201 +1,149 @@
-"""How a run survives: one process to a folder, files that are whole or absent, a state to go on from.
+"""How a run survives: one process to a folder, files that are whole or absent, a state after every epoch.
 
-    take_lock, lock_folder     refuses what a live process uses
-    write_whole, write_text    a file is the old one or the new one, never a part of either
-    save_state, load_state     tensors and numbers with a checksum; never code
-    random_state, set_random_state
-    unbroken                   Ctrl-C waits for the end of a step
-    StateFile                  the state of a run, replaced whole, not more often than is cheap
-    claim_folders, release_folders   --out and --export, new or as an interrupted run left them
-    memory_advice, status_of   what is said where memory or disk runs out
-
-Apart from `train.py` because pre-training, training and lab.reproduce all use it.
+    lock_folder                refuses a folder that a live process uses
+    RunState                   the FT stage after its last whole epoch: saved, checked, taken up again
+    open_run                   --out and --export, new or as an interrupted run left them
 """
 
-import errno
 import hashlib
-import io
-import os
-import signal
-import threading
+import platform
+import shlex
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import tokenizers
 import torch
 from filelock import FileLock, Timeout  # PyTorch needs it too
 
+from plumbing import devices, flags
+from plumbing.files import load_tensors, save_tensors, write_json
+
 LOCK = "lock"  # name of the lock file in a folder
 UNFINISHED = "unfinished-run"  # a file in --export until it is whole, with the path of --out
-VERSION = 2  # of what states hold; higher when an older state cannot be gone on with
-
-
-def take_lock(path, wait=False):
-    """Lock the file `path` until this process ends, however it ends; if another has it, wait or ValueError.
-
-    Keep what is returned: the lock goes with it. The file stays: deleting it would part those who wait from
-    those who come later.
-    """
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise ValueError(f"{Path(path).parent}: another process that is still running uses it") from None
-        print(f"waiting for another process, which has {path}", flush=True)
-        lock.acquire()
-    return lock
+VERSION = 3  # of what states hold; higher when an older state cannot be gone on with
 
 
 def lock_folder(folder):
-    return take_lock(Path(folder) / LOCK)
+    """Lock the folder until this process ends, however it ends; ValueError if another process has it.
 
-
-@contextmanager
-def write_whole(path):
-    """A binary file to write to that takes the name `path` when all of it is on the disk, or never."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    Keep what is returned: the lock goes with it.
+    """
+    lock = FileLock(Path(folder) / LOCK)
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut can leave the new name with nothing in it
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None  # write() does not say which file
-        raise
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another process that is still running uses it") from None
+    return lock
 
 
-def write_text(path, text):
-    with write_whole(path) as file:
-        file.write(text.encode("utf-8"))
+# ---------------------------------------------------------------------------- the state of a run
 
 
-class Hashing:
-    """What is written to it goes to `file`, and into a SHA-256."""
+class RunState:
+    """The FT stage after its last whole epoch, in one file: tensors, numbers and strings with a SHA-256.
 
-    def __init__(self, file):
-        self.file, self.sha256, self.failed = file, hashlib.sha256(), None
-
-    def write(self, data):
-        self.sha256.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.failed = error
-            raise
-
-    def flush(self):
-        self.file.flush()
-
-
-def save_state(path, state):
-    """Write a dict of tensors, numbers, strings, lists and dicts: torch.save's bytes, then their SHA-256.
-
-    It also gets the versions that have to be the same for the numbers to come out the same.
-    """
-    with unbroken(), write_whole(path) as file:  # Ctrl-C inside torch.save would be a RuntimeError
-        hashing = Hashing(file)
-        try:
-            torch.save(state | {"version": VERSION, "torch": str(torch.__version__)}, hashing)
-        except RuntimeError:
-            if hashing.failed:  # what the file said: torch hides it
-                raise hashing.failed from None
-            raise
-        file.write(hashing.sha256.digest())
-
-
-def load_state(path):
-    """What save_state wrote, on the CPU. ValueError for a damaged file and one of another version.
-
-    The checksum finds every cut and every flipped bit. Against files made to harm it is no help, but
-    weights_only=True is: it builds tensors and plain values and runs nothing.
-    """
-    data = memoryview(Path(path).read_bytes())
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ValueError(f"{path}: is cut or damaged (its checksum is not that of its {len(data)} bytes); delete it to "
-                         "start from the beginning")
-    try:
-        state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-        found = {"version": state["version"], "torch": state["torch"]}
-    except Exception as error:  # torch raises many types for what is not its own
-        raise ValueError(f"{path}: not a state that train.py wrote ({type(error).__name__})") from None
-    for name, here in (("version", VERSION), ("torch", str(torch.__version__))):
-        if found[name] != here:
-            raise ValueError(f"{path}: of {name} {str(found[name])[:40]}, this is {here}; the result would not be that "
-                             "of an uninterrupted run, so start a new run")
-    return state
-
-
-def random_state(device):
-    """The state of the generators that dropout draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type in ("cuda", "mps"):
-        state[device.type] = getattr(torch, device.type).get_rng_state()
-    return state
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["cpu"])
-    for kind in state.keys() - {"cpu"}:
-        getattr(torch, kind).set_rng_state(state[kind])
-
-
-@contextmanager
-def unbroken():
-    """Ctrl-C and SIGTERM wait until the block is through, then do what they would have done.
-
-    If the block raises, its exception is what ends the program.
-    """
-    if threading.current_thread() is not threading.main_thread():  # it gets no signals
-        yield
-        return
-    arrived, names = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(name, lambda number, frame: arrived.append(number)) for name in names]
-    try:
-        yield
-    finally:
-        for name, handler in zip(names, before):
-            signal.signal(name, handler or signal.SIG_DFL)
-    for number in dict.fromkeys(arrived):  # to whoever was to get it; one that is ignored hides no other
-        signal.raise_signal(number)
-
-
-class StateFile:
-    """The state of a run in one file: `parts`, {stage: what the stage needs to go on}.
-
-    save() replaces the file. due() says whether `every` seconds have passed since, and 30 times what saving
-    took: inside a stage that asks it, saving costs 3 % at most.
+    `start` says what the run is: flags, data, weights. A state of another start, version or torch is refused
+    by load(), because its result would not be that of an uninterrupted run. What comes before the FT stage is
+    not saved: it is computed again, to the same bits.
     """
 
-    def __init__(self, path, parts=None, every=60.0):
-        self.path, self.parts, self.every = Path(path), parts or {}, every
-        self.opened = time.monotonic()
-        self.not_before = self.opened + every
+    def __init__(self, path):
+        self.path, self.opened = Path(path), time.monotonic()
+        self.start, self.saved = None, {}
 
-    @classmethod
-    def of(cls, path, every=60.0):
-        """The state in the file, or an empty one if there is no such file."""
-        return cls(path, load_state(path) if Path(path).is_file() else None, every)
+    def load(self, start):
+        """Read the file if it is there; ValueError if it is damaged, or not of this start."""
+        self.start = start | {"version": VERSION, "torch": str(torch.__version__)}
+        if not self.path.is_file():
+            return
+        saved = load_tensors(self.path)
+        before = saved.get("start", {})
+        for name in sorted(before | self.start):
+            if before.get(name) != self.start.get(name):
+                raise ValueError(f"{self.path}: was saved with {name} {str(before.get(name))[:40]}, now it is "
+                                 f"{str(self.start.get(name))[:40]}; the result would not be that of an uninterrupted "
+                                 "run, so start a new run")
+        self.saved = saved
 
     def seconds(self):
-        """Since the run began, over all processes that worked on it; what a killed one did not save does not count."""
-        return time.monotonic() - self.opened + self.parts.get("seconds", 0.0)
+        """Since the run began, over all processes that worked on it; what was done twice counts once."""
+        return time.monotonic() - self.opened + self.saved.get("seconds", 0.0)
 
-    def save(self, **parts):
-        self.parts |= parts
-        started = time.monotonic()
-        save_state(self.path, self.parts | {"seconds": self.seconds()})
-        ended = time.monotonic()
-        self.not_before = ended + max(self.every, 30 * (ended - started))
+    def restore(self, model, optimizer, schedule):
+        """Put the last saved epoch into these three; (history, weights of the best epoch), ([], None) if none."""
+        if "weights" not in self.saved:
+            return [], None
+        model.load_state_dict(self.saved["weights"], strict=False)  # frozen weights are unchanged
+        optimizer.load_state_dict(self.saved["optimizer"])
+        schedule.load_state_dict(self.saved["schedule"])
+        devices.set_random_state(self.saved["random"])
+        return self.saved["history"], self.saved["best"]
 
-    def due(self):
-        return time.monotonic() >= self.not_before
+    def save(self, model, optimizer, schedule, history, best):
+        """After an epoch. The file is replaced whole."""
+        save_tensors(self.path, {
+            "start": self.start, "seconds": self.seconds(), "history": history, "best": best,
+            "weights": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+            "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
+            "random": devices.random_state(devices.device_of(model))})
 
 
 # ---------------------------------------------------------------------------- the folders of a run
+
+
+@contextmanager
+def open_run(args):
+    """Hold --out and --export, and choose --device; yields a RunState, or None for a run that is finished already.
+
+    If the run ends well, its state goes; if it fails before anything is saved, so do the folders it made.
+    """
+    device, args.why_device = devices.choose_device(args.device)
+    args.device = device.type
+    lock, made = claim_folders(args)  # before minutes of work, so that an unusable --out costs none
+    state = RunState(args.out / "state")
+    try:
+        if (args.out / "result.json").is_file():
+            print(f"finished already: {args.out}")
+            yield None
+        else:
+            if args.resume:
+                torch.set_num_threads(args.threads)  # another number adds in another order
+            else:
+                write_json(args.out / "config.json", flags.configuration(args) | {
+                    "threads": torch.get_num_threads(),
+                    "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                                 "tokenizers": tokenizers.__version__, "numpy": np.__version__}})
+            with devices.memory_advice("--max-length, --batch-size or --max-train"):
+                yield state
+        state.path.unlink(missing_ok=True)
+        if args.export:
+            (args.export / UNFINISHED).unlink(missing_ok=True)
+    except Exception:
+        if not (args.resume or state.path.is_file()):
+            release_folders(args, lock, made)
+        raise
+    finally:
+        lock.release()
+
+
+def fingerprint(task, encoder):
+    """SHA-256 of the encoded texts, labels and weights that a run starts from."""
+    digest = hashlib.sha256()
+    for split in task.splits.values():
+        for array in (split.ids, split.types, split.lengths, split.labels.numpy()):
+            digest.update(np.ascontiguousarray(array))
+    for tensor in encoder.state_dict().values():
+        digest.update(np.ascontiguousarray(tensor.numpy()))
+    return digest.hexdigest()
+
+
+def how_to_go_on(out):
+    """What an interrupted run says."""
+    if out and (out / "config.json").is_file():
+        return f"; go on with: python train.py --resume {shlex.quote(str(out))}"
+    return ""
 
 
 def claim_folders(args):
@@ -249,33 +197,3 @@ def release_folders(args, lock, made):
     for folder in made:
         if not any(folder.iterdir()):
             folder.rmdir()
-
-
-# ---------------------------------------------------------------------------- what the machine lacks
-
-
-class OutOfMemory(MemoryError):
-    """Its message says what to lower."""
-
-
-@contextmanager
-def memory_advice(advice):
-    """Where memory runs out, OutOfMemory with what to lower; advice from further inside is better and stays."""
-    try:
-        yield
-    except OutOfMemory:
-        raise
-    except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
-        if "DataLoader worker" in str(error):
-            raise OutOfMemory("a process of --num-workers was ended, perhaps for want of memory; lower it") from None
-        full = isinstance(error, MemoryError) or any(
-            words in str(error) for words in ("out of memory", "can't allocate memory"))  # of a GPU, of a CPU
-        if not full:
-            raise
-        raise OutOfMemory(f"out of memory; lower {advice}") from None
-
-
-def status_of(error):
-    """The exit status for an OSError: 1 where a disk is full or broken, 2 where a name is wrong."""
-    broken = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-    return 1 if isinstance(error, OSError) and error.errno in broken else 2

@@ -86,20 +86,17 @@ def test_counts_by_split_and_class_of_the_real_files(name):
     """Validation is the last tenth of the training file; every other file is one split."""
     place = real_data(name)
     rows, corpus = read_task(name, place), CORPORA[name]
-    names = list(rows.labels.values())
-    sizes = {split: len(indices) for split, indices in rows.indices.items()}
+    sizes = {split: len(samples) for split, samples in rows.splits.items()}
     assert sizes["train"] + sizes["val"] == ROWS[name][0] and sizes["val"] == ROWS[name][0] // 10
     assert [size for split, size in sizes.items() if split not in ("train", "val")] == list(ROWS[name][1:])
     assert rows.metric == ("matthews" if name == "cola" else "accuracy")
     for split, file in corpus.files.items():
         labels = [corpus.labels[label] for label in direct_read(place / corpus.group / file)]
-        found = [names[i] for i in rows.indices[split]]
-        if split == "train":
-            found += [names[i] for i in rows.indices["val"]]
-        assert found == labels
+        samples = rows.splits[split] + (rows.splits["val"] if split == "train" else [])
+        assert [rows.labels[index] for *_, index in samples] == labels
         print(name, split, dict(collections.Counter(labels)))
-    where, text_a, text_b, label = next(rows.splits["train"][0]())
-    print(f"{name} feeds {text_a!r}" + f" with {text_b!r}" * (text_b is not None), "as", corpus.labels[label])
+    text_a, text_b, index = rows.splits["train"][0]
+    print(f"{name} feeds {text_a!r}" + f" with {text_b!r}" * (text_b is not None), "as", rows.labels[index])
 
 
 def test_real_data_are_looked_for_in_the_readmes_place_first(tmp_path, monkeypatch):
@@ -148,7 +145,7 @@ def test_boss_as_pandas_writes_and_reads_it(tmp_path, index, random_folder, caps
     rows = [row for row in corpus_sources("amazon", tmp_path)["train"]() if row[1] is not None]
     assert [(text, label) for _, text, _, label in rows] == kept and len(kept) == 33
     assert [row[0].split(", line ")[1] for row in rows[:3]] == ["2", "3", "6"]  # where a row begins
-    assert {split: len(indices) for split, indices in task.indices.items()} == {
+    assert {split: len(samples) for split, samples in task.splits.items()} == {
         "train": 30, "val": 3, "test": 33, "dynasent": 33, "semeval": 33, "sst5": 33}
     words = Tokenizer(WordLevel({"?": 0, **{text: i for i, (text, _) in enumerate(kept, 1)}}, unk_token="?"))
     split = load_task(task, words).splits["val"]  # a text is a word here
@@ -347,5 +344,4 @@ def test_a_stray_quote_is_named_by_the_line_of_its_row(tmp_path, rows, said):
 
 def test_headers_in_any_case_and_order(tmp_path):
     (tmp_path / "train.tsv").write_bytes(("\ufeffLABEL\tid\tText\r\n" + "x\t1\tgood\r\ny\t2\tbad\r\n" * 10).encode())
-    rows = list(read_task(tmp_path).splits["train"][0]())
-    assert [row[1:] for row in rows[:2]] == [("good", None, "x"), ("bad", None, "y")]
+    assert read_task(tmp_path).splits["train"][:2] == [("good", None, 0), ("bad", None, 1)]

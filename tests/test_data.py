@@ -143,8 +143,8 @@ def test_other_names_of_validation_and_text(tmp_path, name):
     write_rows(tmp_path / "train.tsv", rows)
     write_rows(tmp_path / f"{name}.tsv", rows[:4])
     found = read_task(tmp_path)
-    assert {split: len(indices) for split, indices in found.indices.items()} == {"train": 20, "val": 4}
-    assert [row[1] for row in found.splits["val"][0]()] == [row["text"] for row in ROWS[:4]]
+    assert {split: len(samples) for split, samples in found.splits.items()} == {"train": 20, "val": 4}
+    assert [row[0] for row in found.splits["val"]] == [row["text"] for row in ROWS[:4]]
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
@@ -214,11 +214,9 @@ def test_superglue_as_downloaded_has_a_test_file_without_labels(tmp_path):
     write_rows(tmp_path / "train.jsonl", rows)
     write_rows(tmp_path / "val.jsonl", rows[:4])
     write_rows(tmp_path / "test.jsonl", [{"premise": "p", "hypothesis": "h", "idx": 0}])
-    indices = read_task(tmp_path).indices
-    assert {name: len(rows) for name, rows in indices.items()} == {"train": 18, "val": 2, "test": 4}
+    assert {name: len(rows) for name, rows in read_task(tmp_path).splits.items()} == {"train": 18, "val": 2, "test": 4}
     write_rows(tmp_path / "test.jsonl", rows[:7])
-    indices = read_task(tmp_path).indices
-    assert {name: len(rows) for name, rows in indices.items()} == {"train": 20, "val": 4, "test": 7}
+    assert {name: len(rows) for name, rows in read_task(tmp_path).splits.items()} == {"train": 20, "val": 4, "test": 7}
 
 
 BAD_FILES = [
@@ -294,5 +292,5 @@ def test_a_folder_without_training_file_is_refused(tmp_path):
 
 def test_a_class_that_max_train_leaves_out_is_an_error(tmp_path, tokenizer):
     write_rows(tmp_path / "train.tsv", ROWS)
-    with pytest.raises(ValueError, match="1 training samples have no"):
+    with pytest.raises(ValueError, match="1 training samples drawn with seed 0 have no"):
         load_task(tmp_path, tokenizer, max_train=1)

@@ -7,12 +7,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from plumbing.checkpoint import read_json, read_safetensors, read_tokenizer, write_safetensors
+from plumbing.checkpoint import read_safetensors, read_tokenizer, write_safetensors
+from plumbing.files import read_json
 from data import encode, readers, tiny
 from data.corpora import CORPORA
 from plumbing.export import load_classifier
 from predict import read_texts
-from plumbing.run_folder import load_state, save_state
+from plumbing.files import load_tensors, save_tensors
 
 FEW, MANY = 50, 2000  # cases of each test: in the suite, in the slow suite
 ALPHABET = st.sampled_from(["text", "label", "text_a", "a", "b", "\t", ",", '"', "\n", "\r", "\r\n", " ", "\ufeff", "\0", "é",
@@ -144,7 +145,7 @@ def test_lines_for_predict(cases):
 def test_states_and_run_folders(cases, tmp_path):
     """A state that is not whole is never read; a classifier.json of anything is refused or has its parts."""
     path = tmp_path / "state"
-    save_state(path, {"x": torch.ones(3), "step": 4})
+    save_tensors(path, {"start": {}, "x": torch.ones(3), "step": 4})
     good = path.read_bytes()
     write_safetensors(tmp_path / "model.safetensors", {})
     content_of = tmp_path / "classifier.json"
@@ -152,7 +153,7 @@ def test_states_and_run_folders(cases, tmp_path):
     def check(where, noise, content):
         damaged = good[:where] + noise + good[where + len(noise):]
         path.write_bytes(damaged)
-        assert refused_or_read(path, lambda: load_state(path)) is None or damaged == good
+        assert refused_or_read(path, lambda: load_tensors(path)) is None or damaged == good
         content_of.write_bytes(content)
         assert refused_or_read(tmp_path, lambda: load_classifier(tmp_path)) is None
 

@@ -1,7 +1,6 @@
 """The kernel against its definition, and the paper's theory as facts about small models, in float64."""
 
 import copy
-import math
 
 import numpy as np
 import pytest
@@ -12,9 +11,8 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.model_selection import PredefinedSplit, StratifiedKFold
 
 import ntk as ntk_file
-from lab import pretrain
-from data import encode, tiny
-from model import Classifier, Encoder, LoRALinear, add_lora
+from data import encode
+from model import Classifier, LoRALinear, add_lora
 from plumbing.checkpoint import load_pretrained
 from ntk import (empirical_ntk, ft_ratio, initial_deltas, kernel_regression, kernel_statistics,
                  ntk_by_jacobian, predicted_feature_change, predicted_logit_change)

@@ -216,13 +216,13 @@ def test_the_optimizer_is_adam_without_weight_decay_on_all_that_trains(model, sm
 
 def test_the_order_of_the_samples_is_by_seed_and_another_in_every_epoch(model, small_task, monkeypatch):
     """Whatever PyTorch's global generator says, from which dropout draws; every sample once an epoch."""
-    seen, load = [], lpft.load_batches
+    seen, train_epoch = [], lpft.train_epoch
 
-    def record(split, batches, *more):
+    def record(model, split, batches, *more):
         seen.append([list(map(int, batch)) for batch in batches])
-        return load(split, batches, *more)
+        return train_epoch(model, split, batches, *more)
 
-    monkeypatch.setattr(lpft, "load_batches", record)
+    monkeypatch.setattr(lpft, "train_epoch", record)
     for seed, torch_seed in ((7, 1), (7, 2), (8, 1)):
         torch.manual_seed(torch_seed)
         train(copy.deepcopy(model), small_task, seed=seed)

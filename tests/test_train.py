@@ -17,14 +17,14 @@ import lpft
 import ntk
 import predict as predict_command
 import train
-from plumbing.checkpoint import read_safetensors
 from conftest import LORA
 from data import encode, load_task, tiny
 from data.corpora import CORPORA, RECIPES
 from plumbing.export import load_classifier
 from lpft import accuracy, feature_statistics, predict
 from model import Classifier, add_lora
-from plumbing.checkpoint import load_pretrained
+from plumbing import devices, flags
+from plumbing.checkpoint import load_pretrained, read_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"lp": [], "ft": [], "lpft": [], "ft-lora": LORA, "lpft-lora": LORA}
@@ -79,10 +79,10 @@ def test_bfloat16_is_for_cards_that_have_it_and_is_announced(device, of_its_own,
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True:
                         of_its_own or including_emulation)
-    chosen, why = train.choose_device(device)
+    chosen, why = devices.choose_device(device)
     assert chosen.type == device and why.endswith(f", {precision} in the FT stage")
     assert ("a card" in why) == (device == "cuda")
-    with lpft.mixed_precision(chosen):
+    with devices.mixed_precision(chosen):
         assert torch.is_autocast_enabled(device) == (precision != "float32")
 
 
@@ -173,15 +173,15 @@ def test_the_printed_configuration_is_made_of_flags(random_folder, tmp_path, cap
         assert train.main(arguments) == 0
         lines, _, rest = capsys.readouterr().out.split("configuration\n")[1].partition("  samples")
         assert "skipped" not in rest  # of these texts none
-        flags = [word for line in lines.splitlines() for word in line.split("   (")[0].split()]
-        ours, theirs = (train.configuration(train.parse_args(words)) for words in (flags, arguments))
+        words = [word for line in lines.splitlines() for word in line.split("   (")[0].split()]
+        ours, theirs = (flags.configuration(train.parse_args(words)) for words in (words, arguments))
         assert ours == theirs | {"device": ours["device"]}
-        assert ("--lora" in flags) == ("lora" in name)
+        assert ("--lora" in words) == ("lora" in name)
 
 
 def test_the_authors_settings_are_the_defaults_of_their_data_sets():
     """Batch size and learning rate in FT, LoRA, LP-FT and LP-LoRA."""
-    for (method, lora), (batch_size, lr) in zip(train.STAGES, RECIPES["wsc"]):
+    for (method, lora), (batch_size, lr) in zip(flags.STAGES, RECIPES["wsc"]):
         args = train.parse_args(["--method", method, "--model", "x", "--data", "wsc"] + ["--lora"] * lora)
         assert (args.batch_size, args.lr) == (batch_size, lr)
     assert RECIPES["wsc"] == ((16, 1e-3), (16, 1e-4), (8, 1e-3), (8, 1e-4))
@@ -273,7 +273,7 @@ def test_ft_and_lp_ft_on_a_folder_take_the_same_number_of_steps():
     """Else the same learning rate would mean twice the steps for one of them."""
     folder = ["--model", "x", "--data", "mine"]
     assert {train.parse_args(["--method", method, *["--lora"] * lora, *folder]).batch_size
-            for method, lora in train.STAGES} == {8}
+            for method, lora in flags.STAGES} == {8}
 
 
 def test_lp_computes_no_features_twice(random_folder, tmp_path, monkeypatch):

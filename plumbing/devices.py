@@ -1,0 +1,78 @@
+"""What a device can do and holds: precision, copies, random state, memory."""
+
+from contextlib import contextmanager
+
+import torch
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+def choose_device(name):
+    """(torch.device, why it was chosen); ValueError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+        why = "no CUDA or MPS device found" if name == "cpu" else "found by --device auto"
+    else:
+        why = f"asked for by --device {name}"
+    if not available[name]:
+        raise ValueError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; "
+                         f"available: {', '.join(kind for kind, there in available.items() if there)}")
+    if name == "cuda":
+        why += f", {torch.cuda.get_device_name()}"
+    with mixed_precision(torch.device(name)):
+        precision = "bfloat16 autocast" if torch.is_autocast_enabled(name) else "float32"
+    return torch.device(name), f"{why}, {precision} in the FT stage"
+
+
+def to_device(batch, device):
+    """The dict of tensors on the device; a GPU copies while the program goes on."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def padding(device):
+    """Batches are as long as a multiple of this: for every new shape a GPU first looks for its fastest kernels."""
+    return 8 if device.type == "cuda" else 1
+
+
+def mixed_precision(device):
+    """bfloat16 matrix products, around float32 weights, on CUDA cards that have them; else float32."""
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=supported)
+
+
+def random_state(device):
+    """The state of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    for kind in state.keys() - {"cpu"}:
+        getattr(torch, kind).set_rng_state(state[kind])
+
+
+class OutOfMemory(MemoryError):
+    """Its message says what to lower."""
+
+
+@contextmanager
+def memory_advice(advice):
+    """Where memory runs out, OutOfMemory with what to lower; advice from further inside is better and stays."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
+        full = isinstance(error, MemoryError) or any(
+            words in str(error) for words in ("out of memory", "can't allocate memory"))  # of a GPU, of a CPU
+        if not full:
+            raise
+        raise OutOfMemory(f"out of memory; lower {advice}") from None

@@ -1,0 +1,161 @@
+"""The command line: refusals in one line, defaults by task, the flags of a run that is resumed, exit statuses."""
+
+import argparse
+import errno
+import os
+import sys
+from pathlib import Path
+
+from data import count_unknown, tiny
+from data.corpora import CORPORA, RECIPES
+from plumbing.files import read_json
+
+STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA), the columns of RECIPES
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag is one line and status 2; flags are not abbreviated."""
+
+    def __init__(self, program, **how):
+        super().__init__(program, allow_abbrev=False, **how)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class Failed(Exception):
+    """The work came to its end, but not to its goal: status 1."""
+
+
+def exit_status(program, work, go_on=lambda: ""):
+    """Call work(). 0, or one line on standard error and 2 for bad input; 1 for a full disk or memory, for a solver
+    that did not converge and for Failed; 130 for an interruption, with go_on() behind that line."""
+    try:
+        work()
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted{go_on()}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ArithmeticError, MemoryError, Failed) as error:  # messages say what and where
+        print(f"{program}: error: {error}", file=sys.stderr)
+        bad_input = isinstance(error, (ValueError, OSError)) and getattr(error, "errno", None) not in (
+            errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # a disk that is full or broken
+        return 2 if bad_input else 1
+
+
+# ---------------------------------------------------------------------------- train.py's flags
+
+
+def read(parser, argv=None):
+    """train.py's flags, checked, with defaults filled in; those of the run itself where --resume names one."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if not args.resume:
+        check(parser, args)
+        return fill_defaults(args)
+    if len(argv) > 2 or sum(word.startswith("--") for word in argv) > 1:
+        parser.error(f"--resume goes on with the flags in {args.resume / 'config.json'}; expected no other flag")
+    folder, path = args.resume, args.resume / "config.json"
+    try:
+        if not path.is_file():
+            raise ValueError(f"--resume {str(folder)[:200]}: holds no config.json; expected the folder of a run")
+        config = read_json(path)
+        threads, known = config.pop("threads", None), vars(parser.parse_args([])).keys() - {"resume"}
+        unknown = config.keys() - known - {"versions"}
+        if unknown or type(threads) is not int or not 1 <= threads <= 1024:
+            raise ValueError(f"{path}: not what train.py writes: " + (
+                f"{min(unknown)[:40]!r} is no flag" if unknown else f"threads is {str(threads)[:20]}"))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    args = read(parser, [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
+                         for name, value in config.items() if name in known and value is not False])
+    args.out, args.resume, args.threads = folder, folder, threads
+    return args
+
+
+def check(parser, args):
+    """Refuse, in one sentence, flags that do not go together and numbers out of range."""
+    stage = {"--epochs": args.epochs, "--batch-size": args.batch_size, "--lr": args.lr,
+             "--head-scale": args.head_scale}
+    lora = {"--lora-r": args.lora_r, "--lora-alpha": args.lora_alpha}
+    probe = {"--lp-scoring": args.lp_scoring, "--lp-inverse-l2": args.lp_inverse_l2}
+    if args.method == "lp" and args.lora:
+        parser.error("--method lp trains only the head, so --lora has nothing to adapt; "
+                     "use --method ft or lpft")
+    if args.ntk is not None and not 1 <= args.ntk <= 250:
+        parser.error(f"--ntk is {args.ntk}; expected 1 to 250")
+    for flags, wrong, why in ((stage | {"--ntk": args.ntk}, args.method == "lp", "--method lp has no FT stage"),
+                              (lora, not args.lora, "it needs --lora"),
+                              (probe, args.method == "ft", "--method ft does no linear probing")):
+        for flag, value in flags.items():
+            if wrong and value is not None:
+                parser.error(f"{flag} has no effect: {why}")
+    if args.data_dir and args.data not in CORPORA:
+        parser.error(f"--data-dir has no effect: --data is {args.data}, not one of {', '.join(CORPORA)}")
+    if args.lp_scoring and args.lp_inverse_l2 is not None:
+        parser.error("--lp-scoring has no effect: --lp-inverse-l2 fixes the penalty")
+    positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train}
+    for flag, value in positive.items():
+        if value is not None and not 0 < value < 1e15:
+            parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0, below 1e15")
+    for flag, value, least, most in (("--max-test", args.max_test, 0, 1e15), ("--max-length", args.max_length, 8, 1e15),
+                                     ("--seed", args.seed, 0, 2**32 - 1)):
+        if value is not None and not least <= value <= most:
+            parser.error(f"{flag} is {value}; expected {least} " + (f"to {most}" if flag == "--seed" else "or more"))
+
+
+def fill_defaults(args):
+    if args.method != "lp":
+        # the learning rate belongs to the encoder first, to the task second
+        fallback, own = ("tiny", tiny.TRAIN_SIZES) if args.model == "tiny" else ("folder", CORPORA)
+        recipe = RECIPES[args.data if args.data in own else fallback]
+        batch_size, lr = recipe[STAGES.index((args.method, args.lora))]
+        args.epochs = args.epochs or 10
+        args.batch_size = args.batch_size or batch_size
+        args.lr = args.lr or lr
+    if args.lora:
+        args.lora_r, args.lora_alpha = args.lora_r or 8, args.lora_alpha or 8.0
+    if args.data in CORPORA:
+        args.data_dir = args.data_dir or Path("datasets")
+    if args.method != "ft" and args.lp_inverse_l2 is None:
+        args.lp_scoring = args.lp_scoring or "accuracy"
+    for name in ("model", "data", "data_dir", "export"):  # so that --resume works from any folder
+        value = getattr(args, name)
+        if isinstance(value, Path) or value not in (None, "tiny", *tiny.TRAIN_SIZES, *CORPORA) and Path(value).is_dir():
+            setattr(args, name, type(value)(os.path.abspath(value)))
+    return args
+
+
+def configuration(args):
+    """The flags, defaults filled in, as values that JSON has."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+            if value is not None and name not in ("resume", "threads", "why_device")}
+
+
+def identity(args):
+    """The flags that numbers depend on, by their names on the command line."""
+    return {f"--{name.replace('_', '-')}": value for name, value in configuration(args).items()
+            if name not in ("out", "export")}
+
+
+def check_task(args, task, tokenizer, config):
+    """ValueError for text that the encoder cannot read: too long, of too many types, or, for the tiny one, of words
+    that are not of its own language; for classes with too few samples for LP; and for LoRA that is no low-rank update."""
+    if args.max_length > config.max_length:
+        raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for {config.max_length} tokens "
+                         "at most")
+    unknown, tokens = count_unknown(tokenizer, task.splits["train"], task.pairs)
+    if args.model == "tiny" and unknown > 0.2 * tokens:
+        raise ValueError(f"--data {args.data}: {100 * unknown / tokens:.0f} % of its tokens are words that "
+                         "--model tiny does not know; give --model a folder with a pre-trained checkpoint")
+    types = max(int(split.types.max()) for split in task.splits.values())
+    if 0 < config.type_vocab_size <= types:
+        raise ValueError(f"--model {args.model}: has {config.type_vocab_size} token type, but its tokenizer "
+                         f"gives the second text of a pair type {types}")
+    counts = task.splits["train"].labels.bincount(minlength=len(task.labels))
+    if args.lp_scoring and counts.min() < 5:
+        raise ValueError(f"--data {args.data}: 5-fold cross-validation needs 5 training samples of each class, "
+                         f"{task.labels[counts.argmin()]!r} has {counts.min()}; take more samples, or fix LP's "
+                         "strength with --lp-inverse-l2")
+    if args.lora and args.lora_r > config.hidden_size:
+        raise ValueError(f"--lora-r {args.lora_r}: more than the width {config.hidden_size} of {args.model}")
