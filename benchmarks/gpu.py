@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lpft
 from lab import pretrain
 from data import Split, Task, tiny
+from plumbing import devices
 from plumbing.export import export_classifier, save_classifier
 from model import Classifier, Encoder, EncoderConfig, add_lora
 from ntk import add_gram, empirical_ntk
@@ -288,7 +289,7 @@ def first_batch(split, batch_size, device):
 
 
 def one_step(model, batch, labels, device):
-    with lpft.mixed_precision(torch.device(device)):
+    with devices.mixed_precision(torch.device(device)):
         logits = model.train()(**batch)
     torch.nn.functional.cross_entropy(logits.float(), labels).backward()
 
