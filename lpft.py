@@ -5,14 +5,12 @@
     LP-FT    LP, then fine_tune from its head
     LoRA     add_lora (model.py), then fine_tune;  LP-LoRA: LP, add_lora, fine_tune
 
-Read in this order: fit_linear_probe, fine_tune, fit_temperature,
-calibration_error, feature_statistics. `train.py` puts them together.
-
-Shapes: N samples, C classes, h feature width.
+Read in this order; `train.py` puts the parts together. Shapes: N samples, C classes, h feature width.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,9 +21,9 @@ from tqdm import tqdm
 from data import evaluation_batches, training_batches
 from plumbing import devices, newton
 
-INVERSE_L2_GRID = np.logspace(-4, 4, 10)  # scikit-learn's default grid of C
-
 # ---------------------------------------------------------------------------- linear probing
+
+INVERSE_L2_GRID = np.logspace(-4, 4, 10)  # scikit-learn's default grid of C
 
 
 @dataclass
@@ -35,71 +33,61 @@ class LinearProbe:
     weight: torch.Tensor  # V, (C, h), float64
     bias: torch.Tensor  # b, (C,), float64
     inverse_l2: float  # scikit-learn's C
-    scores: np.ndarray  # cross-validation score of each strength on the grid, summed over folds, (10,); or None
+    scores: np.ndarray  # cross-validation score of each strength, summed over folds, (10,); or None
     path: list  # (||V||_F, training accuracy) at every step of the solver, from V = 0 (Fig. 1)
 
 
 def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="accuracy", fold_of=None):
     """Multinomial logistic regression on features (N, h) and labels (N,), in float64 on the CPU.
 
-    Minimises scikit-learn's objective,
-
-        inverse_l2 * sum_i cross_entropy(V phi(x_i) + b, y_i) + 1/2 ||V||_F^2,   b without penalty.
-
-    For two classes scikit-learn fits one vector w, V = [-w/2, w/2], and penalises 1/2 ||w||^2,
-    which is ||V||_F^2: twice the penalty. If `inverse_l2` is None, cross-validation over the folds of
-    `fold_of` (each sample's number, (N,); default: stratified_folds(labels)) picks it from
-    INVERSE_L2_GRID by `scoring`, "accuracy" or "log-loss": the smallest of those with the highest sum
-    over folds, as scikit-learn does, where sums that differ by rounding alone count as different. The
-    probe is then fitted on all samples.
+    Minimises scikit-learn's objective, inverse_l2 * sum_i cross_entropy(V phi(x_i) + b, y_i) + 1/2 ||V||_F^2,
+    b without penalty. For two classes scikit-learn fits one vector w, V = [-w/2, w/2], and penalises 1/2
+    ||w||^2, which is ||V||_F^2: twice the penalty. If `inverse_l2` is None, cross-validation over the folds
+    of `fold_of` (each sample's number, (N,); default: stratified_folds) picks it from INVERSE_L2_GRID by
+    `scoring`, "accuracy" or "log-loss": the smallest of those with the highest sum over folds, as
+    scikit-learn does.
 
     Raises ValueError for a class with fewer samples than folds or none, or features that are not finite.
     """
-    if inverse_l2 is None and scoring not in ("accuracy", "log-loss"):
-        raise ValueError(f"linear probing: scoring is {scoring!r}; expected accuracy or log-loss")
     x, labels = features.detach().cpu().double(), labels.cpu()  # (N, h), (N,)
-    if not torch.isfinite(x).all():
-        raise ValueError("linear probing: the features hold NaN or infinity")
-    missing = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
-    if missing:  # its bias would go to minus infinity
-        raise ValueError(f"linear probing: no sample of class {missing[0]}; expected some of all {num_classes}")
-    # Rotate to principal axes. The penalty does not notice, and the Hessian is then nearly
-    # diagonal, which is what the solver's preconditioner asks for. Axes without data stay at zero.
+    present = labels.bincount(minlength=num_classes) > 0  # (C,)
+    if not (torch.isfinite(x).all() and present.all()):  # an absent class's bias would fall without end
+        raise ValueError("linear probing: " + ("the features hold NaN or infinity" if present.all() else
+                         f"no sample of class {int(present.int().argmin())}; expected all {num_classes}"))
+    # Rotate to principal axes. The penalty does not notice, and the Hessian is then nearly diagonal, which is
+    # what the solver's preconditioner asks for. Axes without data stay at zero.
     mean = x.mean(0)  # (h,)
     _, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # (h, h), by growing variance
     axes = axes[:, -min(len(x), x.shape[1]):]  # (h, k)
     z = torch.cat([(x - mean) @ axes, x.new_ones(len(x), 1)], dim=1)  # (N, k + 1), the bias last
     onehot = F.one_hot(labels, num_classes).double()  # (N, C)
-    penalty = torch.full((z.shape[1],), 2.0 if num_classes == 2 else 1.0, dtype=torch.double)
-    penalty[-1] = 0.0  # (k + 1,)
-
-    scores = None
+    penalty = torch.full((z.shape[1],), 2.0 if num_classes == 2 else 1.0, dtype=torch.double)  # (k + 1,)
+    penalty[-1] = 0.0
+    objective, scores, path = partial(lp_objective, z=z, onehot=onehot, penalty=penalty), None, []
     if inverse_l2 is None:
         fold_of = stratified_folds(labels) if fold_of is None else fold_of
-        scores = cross_validate(z, onehot, penalty, fold_of, scoring)  # (10,)
+        scores = newton.cross_validate(objective, z, onehot, penalty, fold_of, INVERSE_L2_GRID, scoring)
         inverse_l2 = float(INVERSE_L2_GRID[scores.argmax()])
-    start = torch.zeros(1, num_classes, z.shape[1], dtype=torch.double)
-    path = []
 
     def record(theta):  # the rotation leaves the norm as it is
         right = (newton.fold_logits(z, theta)[:, 0].argmax(1) == labels).double().mean()
         path.append((float(theta[0, :, :-1].norm()), float(right)))
 
-    strength = torch.full((len(x), 1), inverse_l2, dtype=torch.double)  # every sample counts
-    theta = solve(z, onehot, strength, penalty, start, 1e-10, record)[0]  # (C, k + 1)
-    theta -= theta.mean(0)  # softmax ignores the mean over classes, and the penalty wants it zero: V has rank C - 1
+    start, strength = x.new_zeros(1, num_classes, z.shape[1]), x.new_full((len(x), 1), inverse_l2)
+    theta = newton.minimise_logistic(objective, z, strength, penalty, start, 1e-10, record)[0]  # (C, k + 1)
+    theta -= theta.mean(0)  # softmax ignores the mean over classes, the penalty wants 0: rank C - 1
     weight = theta[:, :-1] @ axes.T  # (C, h)
-    bias = theta[:, -1] - weight @ mean  # (C,)
-    return LinearProbe(weight, bias, inverse_l2, scores, path)
+    return LinearProbe(weight, theta[:, -1] - weight @ mean, inverse_l2, scores, path)
 
 
-def lp_objective(theta, z, onehot, strength, penalty):
+def lp_objective(theta, strength, z, onehot, penalty):
     """What LP minimises, and its gradient by theta = [V, b], (C, k + 1):
 
         sum_i strength_i * cross_entropy(theta z_i, y_i)  +  1/2 sum_j penalty_j * ||column j of theta||^2
 
-    z (N, k + 1), features with a 1 behind each; onehot (N, C), the labels; strength (N,), scikit-learn's C, and 0 for
-    a sample that is held out; penalty (k + 1,), 0 for the bias. Returns (value (), gradient (C, k + 1)).
+    strength (N,), scikit-learn's C, and 0 for a sample that is held out; z (N, k + 1), features with a 1
+    behind each; onehot (N, C), the labels; penalty (k + 1,), 0 for the bias. Returns (value (), gradient (C,
+    k + 1)).
     """
     logits = z @ theta.T  # (N, C)
     losses = -(onehot * logits.log_softmax(1)).sum(1)  # (N,)
@@ -107,26 +95,18 @@ def lp_objective(theta, z, onehot, strength, penalty):
     return strength @ losses + 0.5 * (penalty * theta.square()).sum(), errors.T @ z + penalty * theta
 
 
-def solve(z, onehot, strength, penalty, start, tolerance, on_step=None):
-    """theta (K, C, k + 1) that minimises lp_objective for each column of strength (N, K), from `start`."""
-    def objective(theta, strength):
-        return lp_objective(theta, z, onehot, strength, penalty)
-
-    return newton.minimise_logistic(objective, z, strength, penalty, start, tolerance, on_step)
-
-
 def stratified_folds(labels, folds=5):
     """The fold (0 to folds - 1) that tests each sample, (N,): unshuffled, as scikit-learn deals them.
 
-    Classes are numbered by first appearance and the sorted labels dealt round robin: that says how
-    many samples of a class each fold gets. It gets them in the order of the data.
+    Classes are numbered by first appearance and the sorted labels dealt round robin: that says how many
+    samples of a class each fold gets. It gets them in the order of the data. ValueError for a class too small
+    for all folds.
     """
     labels = labels.numpy()
     classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
     if counts.min() < folds:
         raise ValueError(f"{folds}-fold cross-validation needs {folds} training samples of each class, class "
-                         f"{classes[counts.argmin()]} has {counts.min()}; take more samples, or fix LP's "
-                         "strength with --lp-inverse-l2")
+                         f"{classes[counts.argmin()]} has {counts.min()}")
     classes = classes[first.argsort()]
     dealt = np.concatenate([labels[labels == c] for c in classes])  # (N,), sorted
     fold_of = np.empty(len(labels), dtype=int)
@@ -134,24 +114,6 @@ def stratified_folds(labels, folds=5):
         per_fold = [(dealt[fold::folds] == c).sum() for fold in range(folds)]
         fold_of[labels == c] = np.repeat(np.arange(folds), per_fold)
     return torch.from_numpy(fold_of)
-
-
-def cross_validate(z, onehot, penalty, fold_of, scoring):
-    """Score of each strength of INVERSE_L2_GRID, summed over the folds' held-out parts, (10,)."""
-    folds = int(fold_of.max()) + 1
-    held_out = F.one_hot(fold_of, folds).double()  # (N, K)
-    theta = torch.zeros(folds, onehot.shape[1], z.shape[1], dtype=torch.double)  # (K, C, k + 1)
-    scores = []
-    for inverse_l2 in tqdm(INVERSE_L2_GRID, desc="LP cross-validation", leave=False):
-        # each solution starts the search for the next, weaker penalty
-        theta = solve(z, onehot, inverse_l2 * (1 - held_out), penalty, theta, 1e-6)
-        logits = newton.fold_logits(z, theta)  # (N, K, C)
-        if scoring == "accuracy":
-            score = (logits.argmax(2) == onehot.argmax(1, keepdim=True)).double()  # (N, K)
-        else:
-            score = (logits.log_softmax(2) * onehot[:, None]).sum(2)  # (N, K)
-        scores.append(((score * held_out).sum(0) / held_out.sum(0)).numpy())  # (K,)
-    return np.array(scores).sum(1)
 
 
 def set_head(model, probe):
@@ -175,7 +137,7 @@ def predict(model, split, batch_size=64, desc=None):
         parts.append(model.features(**devices.to_device(batch, device)).float())
     model.train(was_training)
     features = torch.empty(len(split), model.head.in_features)
-    features[np.concatenate(batches)] = torch.cat(parts).cpu()  # all at once: a GPU is not waited for in between
+    features[np.concatenate(batches)] = torch.cat(parts).cpu()  # all at once: a GPU need not be waited for
     return features, logits_of(model, features)
 
 
@@ -206,15 +168,16 @@ def matthews(logits, labels):
 METRICS = {"accuracy": accuracy, "matthews": matthews}
 
 
-def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, metric="accuracy", on_epoch=None, state=None):
+def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, metric="accuracy", on_epoch=None,
+              state=None):
     """The FT stage (paper Sec. 5): train what requires a gradient, keep the best validation epoch.
 
-    Adam, learning rate falling linearly to 0 without warm-up, gradient norm clipped at 1, dropout as the encoder's
-    configuration has it. `train` and `val` are Splits; `seed` decides the order of the samples. Returns one dict an
-    epoch, {epoch, loss, train_accuracy, val_accuracy, val_METRIC, lr, head_norm}, which `on_epoch` gets too. Epoch 0
-    is the start, measured without dropout; later loss and train_accuracy are means over the steps, with dropout.
-    `lr` is that of the next step. The model is left in eval mode, with the weights of the first epoch after the
-    start that has the highest val_METRIC.
+    Adam, learning rate falling linearly to 0 without warm-up, gradient norm clipped at 1, dropout as the
+    encoder's configuration has it. `train` and `val` are Splits; `seed` decides the order of the samples.
+    Returns one dict an epoch, {epoch, loss, train_accuracy, val_accuracy, val_METRIC, lr, head_norm}, which
+    `on_epoch` gets too. Epoch 0 is the start, measured without dropout; later loss and train_accuracy are
+    means over the steps, with dropout. `lr` is that of the next step. The model is left in eval mode, with
+    the weights of the first epoch after the start that has the highest val_METRIC.
 
     `state`, a RunState, keeps the last whole epoch; if it holds one, training goes on from there, to the same
     numbers. Raises NotFinite after an epoch in which the loss or its gradient became infinite or NaN.
@@ -228,7 +191,8 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, metric="a
     for epoch in range(len(history), epochs + 1):
         if epoch == 0:
             _, logits = predict(model, train)
-            loss, train_accuracy = float(F.cross_entropy(logits, train.labels)), accuracy(logits, train.labels)
+            loss = F.cross_entropy(logits, train.labels).item()
+            train_accuracy = accuracy(logits, train.labels)
         else:
             order = torch.Generator().manual_seed(seed * 1000 + epoch)
             batches = training_batches(train.lengths, batch_size, order)
@@ -237,8 +201,9 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, metric="a
         if not (math.isfinite(loss) and torch.isfinite(logits).all()):
             raise NotFinite(model, best, epoch, lr)
         record = {"epoch": epoch, "loss": loss, "train_accuracy": train_accuracy,
-                  "val_accuracy": accuracy(logits, val.labels), f"val_{metric}": METRICS[metric](logits, val.labels),
-                  "lr": schedule.get_last_lr()[0], "head_norm": float(model.head.weight.detach().norm())}
+                  "val_accuracy": accuracy(logits, val.labels), "lr": schedule.get_last_lr()[0],
+                  f"val_{metric}": METRICS[metric](logits, val.labels),
+                  "head_norm": float(model.head.weight.detach().norm())}
         history.append(record)
         if epoch and record is best_epoch(history, metric):
             best = {name: p.detach().clone() for name, p in trained.items()}
@@ -259,13 +224,13 @@ def best_epoch(history, metric):
 def train_epoch(model, split, batches, optimizer, schedule):
     """One step of the optimizer for each index array in `batches`; (mean loss, accuracy) over their samples.
 
-    The model is in train mode: dropout is on. A step is: logits (n, C), the mean cross-entropy of the batch, its
-    gradient, clipped to the norm 1 over all trained parameters together, a step of the optimizer, a step of the
-    schedule. Loss and accuracy are those before each step.
+    The model is in train mode: dropout is on. A step is: logits (n, C), the mean cross-entropy of the batch,
+    its gradient, clipped to the norm 1 over all trained parameters together, a step of the optimizer, a step
+    of the schedule. Loss and accuracy are those before each step.
     """
     device = devices.device_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    totals = torch.zeros(2, device=device)  # loss and right predictions; to read them makes a GPU wait, so once
+    totals = torch.zeros(2, device=device)  # loss, right predictions; reading makes a GPU wait, so once
     model.train()
     for indices in tqdm(batches, desc="fine-tuning", unit="step", mininterval=1.0, leave=False):
         batch, labels = split.batch(indices, devices.padding(device))
@@ -292,8 +257,8 @@ class NotFinite(ValueError):
         self.kept = best is not None
         if self.kept:
             model.load_state_dict(best, strict=False)
-        super().__init__(f"the loss, its gradient or the logits became infinite or NaN in epoch {epoch}, at --lr {lr:g}"
-                         + ("; try a smaller one" if epoch else ": the encoder's weights or the head are too large"))
+        super().__init__(f"loss, gradient or logits became infinite or NaN in epoch {epoch}, at --lr {lr:g}; "
+                         + ("try a smaller one" if epoch else "weights of the encoder or head are too large"))
 
 
 # ---------------------------------------------------------------------------- calibration
@@ -318,11 +283,10 @@ def why_no_temperature(logits, labels):
 def fit_temperature(logits, labels):
     """The temperature T > 0 that minimises the mean cross-entropy of logits / T (paper Sec. 4.6).
 
-    logits (N, C), labels (N,). Dividing by T is dividing V and b by T: no prediction changes. The
-    search is over log T with a strong-Wolfe line search, and ends where the slope d loss / d log T is
-    below 1e-6; if the loss there is above that of T = 1, and where there is no minimum, T is 1.
-
-    ValueError for logits that are infinite or NaN, ArithmeticError if the search did not converge.
+    logits (N, C), labels (N,). Dividing by T is dividing V and b by T: no prediction changes. The search is over
+    log T, and ends where the slope d loss / d log T is below 1e-6. T is 1 where there is no minimum, and if the
+    loss at the end is above that of T = 1. ValueError for logits that are infinite or NaN, ArithmeticError if the
+    search did not converge.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()  # (N, C), (N,)
     # Search from logits of unit spread: then every scale of logits is equally easy.
@@ -346,8 +310,7 @@ def fit_temperature(logits, labels):
     closure()
     temperature, slope = scale * math.exp(log_t.item()), log_t.grad.item()
     if not abs(slope) < 1e-6:
-        raise ArithmeticError(f"temperature scaling did not converge: slope {slope:.1e} at T = "
-                              f"{temperature:.4g}")
+        raise ArithmeticError(f"temperature scaling did not converge: slope {slope:.1e} at T = {temperature:.4g}")
     worse = F.cross_entropy(logits / temperature, labels) > F.cross_entropy(logits, labels)
     return 1.0 if worse else temperature
 
@@ -355,9 +318,8 @@ def fit_temperature(logits, labels):
 def calibration_error(logits, labels, bins=15):
     """(ECE, MCE) of softmax(logits), both between 0 and 1 (paper Table 3).
 
-    Samples are sorted into equal bins by confidence, the largest probability; bin m is
-    ((m - 1) / bins, m / bins]. ECE is the mean over samples, MCE the maximum over bins, of
-    |accuracy - confidence| in the bin.
+    Samples are sorted into equal bins by confidence, the largest probability; bin m is ((m - 1) / bins, m / bins].
+    ECE is the mean over samples, MCE the maximum over bins, of |accuracy - confidence| in the bin.
     """
     probs = logits.detach().cpu().double().softmax(1)  # (N, C)
     confidence, prediction = probs.max(1)  # (N,), (N,)
@@ -393,6 +355,5 @@ def feature_statistics(features, features_0, labels):
     between = (count * (means - features.mean(0)).square().sum(1)).sum()
     within = (features - means[labels]).square().sum()
     return {"cs": float(pair_sum / (n * (n - 1))) if n > 1 else math.nan,
-            "diff": float((features - features_0).norm(dim=1).mean()),
-            "fdr": float(between / within),
+            "diff": float((features - features_0).norm(dim=1).mean()), "fdr": float(between / within),
             "norm": float(features.norm(dim=1).mean())}

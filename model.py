@@ -20,7 +20,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-
 @dataclass
 class EncoderConfig:
     """The sizes of an encoder, named as in a Hugging Face `config.json`."""

@@ -4,23 +4,21 @@
     P = (<phi(x), phi(x')> + 1) I_C                           the head's part, NTK.pretrain
     F = V (dphi(x)/dtheta_phi) (dphi(x')/dtheta_phi)^T V^T    the encoder's part, NTK.ft
 
-over the parameters that require a gradient, at their present values, dropout off. Read in order:
-ntk_by_jacobian is the definition in twenty lines; empirical_ntk computes the same numbers for a real
-encoder, one block at a time; the three layer kernels are its inner loop; the end is what the paper measures.
+over the parameters that require a gradient, at their present values, dropout off. Read in order: the definition,
+ntk_by_jacobian; the same numbers for a real encoder, one block at a time, empirical_ntk; the three layer kernels
+that are its inner loop; what the paper measures.
 
-Under LoRA theta_phi is A and B alone. LoRA starts at B = 0, and F is not zero there: A has no gradient
-yet, because it reaches the output through B, but B has one, so F at the start is B's kernel alone.
+Under LoRA theta_phi is A and B alone. LoRA starts at B = 0, and F is not zero there: A has no gradient yet,
+because it reaches the output through B, but B has one, so F at the start is B's kernel alone.
 
-Shapes: N training samples, M test samples, R = N + M, n samples of a batch, L tokens, C classes,
-h width, r rank of V, p parameters; T positions, in and out are of one layer. A kernel is (N, C, N, C),
-the paper's NC x NC matrix once reshaped; test kernels are (M, C, N, C).
+Shapes: N training samples, M test samples, R = N + M, n samples of a batch, L tokens, C classes, h width, r rank
+of V, p parameters; T positions, in and out are of one layer. A kernel is (N, C, N, C), the paper's NC x NC matrix
+once reshaped; test kernels are (M, C, N, C).
 """
 
-import sys
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import compress
 
 import torch
 import torch.nn as nn
@@ -30,9 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lpft import fit_linear_probe, stratified_folds
+from plumbing import exact
 
 MAX_NUMBERS = 2**23, 2**27  # of one part of J that is formed: on a CPU, on CUDA
-MAX_COLUMNS = 2**15, 2**17  # terms of one sum in the model's precision
 
 
 @dataclass
@@ -63,14 +61,12 @@ def ntk_by_jacobian(model, train_batches, test_batches=None):
         return {name: torch.cat([part[name].flatten(2) for part in parts]) for name in trained}
 
     def contract(rows, columns, of_head):
-        total = 0.0
+        (n, c), m = rows["head.bias"].shape[:2], len(columns["head.bias"])
+        total = torch.zeros(n, c, m, c, dtype=torch.double)  # (N or M, C, N, C)
         for name in trained:
             if name.startswith("head.") == of_head:
-                total = total + torch.einsum("ncp,mdp->ncmd", rows[name], columns[name]).double().cpu()
-        if isinstance(total, float):  # nothing of this part trains
-            (n, c), m = rows["head.bias"].shape[:2], len(columns["head.bias"])
-            return torch.zeros(n, c, m, c, dtype=torch.double)
-        return total  # (N or M, C, N, C)
+                total += torch.einsum("ncp,mdp->ncmd", rows[name], columns[name]).cpu()
+        return total
 
     train = jacobians(train_batches)
     test = jacobians(test_batches) if test_batches else None
@@ -91,22 +87,22 @@ def empirical_ntk(model, train_batches, test_batches=None):
 
     ValueError where the result would not be exact, ArithmeticError where autograd disagrees (spot_check).
     """
-    check_exactness(model, train_batches, test_batches)
-    train, test = (on_device(model, batches or ()) for batches in (train_batches, test_batches))
+    exact.check_exactness(model, train_batches, test_batches)
+    train, test = (exact.on_device(model, batches or ()) for batches in (train_batches, test_batches))
     N, R = (sum(len(b["input_ids"]) for b in batches) for batches in (train, train + test))
     U, probes = split_head(model.head.weight)  # (C, r), (r, h)
     C, r = U.shape
     device = "cpu" if probes.device.type == "mps" else probes.device  # MPS has no float64
     kernel = torch.zeros(R * r, N * r, dtype=torch.double, device=device)
-    with full_precision():
-        print_size(model, train + test, N, r)
+    with exact.full_precision():
+        exact.print_size(model, trainable_layers(model.encoder), train + test, N, r)
         inputs, features = block_inputs(model, train + test)
         walk_blocks(model, inputs, probes, kernel)
         square = kernel[:N * r].tril()  # add_gram fills the lower triangle alone
         kernel = torch.cat([square + square.tril(-1).T, kernel[N * r:]]).cpu().view(R, r, N, r)
         ft = torch.einsum("cr,mrns,ds->mcnd", U, kernel, U)  # F, (R, C, N, C)
         pretrain = pretrain_kernel(features, features[:N], C)  # P, (R, C, N, C)
-        spot_check(model, train + test, N, pretrain, ft)
+        exact.spot_check(model, train + test, N, pretrain, ft)
     return NTK(pretrain[:N], ft[:N], pretrain[N:] if test else None, ft[N:] if test else None)
 
 
@@ -160,7 +156,7 @@ def walk_blocks(model, inputs, probes, kernel):
                     elif p.requires_grad:
                         wide[layer].append((a, g))
         if narrow:
-            add_gram(kernel, torch.cat([torch.cat(J) for J in narrow.values()], 2).flatten(0, 1))
+            exact.add_gram(kernel, torch.cat([torch.cat(J) for J in narrow.values()], 2).flatten(0, 1))
         while wide:
             layer, stored = wide.popitem()
             compute = embedding_kernel if isinstance(layer, nn.Embedding) else linear_kernel
@@ -195,19 +191,6 @@ def run_block(block, layers, args, kwargs, above, input_trains):
 # ---------------------------------------------------------------------------- the kernels of three layers
 
 
-def add_gram(kernel, J):
-    """kernel (R r, N r) += J J[:N r]^T, the lower triangle, J (R r, columns).
-
-    The kernel is float64, and J comes in chunks: one float32 sum over all columns loses two digits.
-    """
-    rows = kernel.shape[1]
-    for chunk in J.split(MAX_COLUMNS[J.is_cuda], 1):
-        chunk = chunk if rows >= 64 else chunk.to(kernel)  # float32 products of few rows are less exact
-        for start in range(0, max(rows - 63, 1), 128):  # products of a multiple of 16 columns are faster
-            stop = start + 128 if rows - start >= 192 else rows
-            kernel[start:, start:stop] += (chunk[start:] @ chunk[start:stop].T).to(kernel.device)
-
-
 def linear_kernel(kernel, layer, a, g):
     """Add J J^T of a Linear's weight, J = sum_t g_t a_t^T, (out, in) for each sample and probe.
 
@@ -228,7 +211,7 @@ def linear_kernel(kernel, layer, a, g):
             for k in range(r):
                 torch.bmm(g_n[:, k, :, o:o + size].transpose(1, 2), a_n, out=J[first:first + len(a_n), k])
             first += len(a_n)
-        add_gram(kernel, J.flatten(2).flatten(0, 1))
+        exact.add_gram(kernel, J.flatten(2).flatten(0, 1))
 
 
 def layernorm_jacobian(layer, a, g):
@@ -258,96 +241,13 @@ def embedding_kernel(kernel, layer, ids, g):
         chosen = (counts == count).repeat_interleave(counts)
         x, J_x = (pairs[chosen] % R).view(-1, count), J[chosen].view(-1, count, r, h)  # (ids, count, ...)
         if count == R:  # [CLS], a position: an ordinary J
-            add_gram(kernel, J_x.permute(1, 2, 0, 3).flatten(2).flatten(0, 1))
+            exact.add_gram(kernel, J_x.permute(1, 2, 0, 3).flatten(2).flatten(0, 1))
             continue
         J_x = J_x.flatten(1, 2)  # (ids, count r, h)
         products = (J_x @ J_x.transpose(1, 2)).to(kernel)  # (ids, count r, count r)
         rows = (x[..., None] * r + torch.arange(r, device=x.device)).flatten(1).to(kernel.device)
         square.index_put_((rows[:, :, None], rows[:, None]), products, accumulate=True)
     kernel += square[:, :kernel.shape[1]]
-
-
-# ---------------------------------------------------------------------------- what guards exactness
-
-
-def on_device(model, batches):
-    return [{name: t.to(model.head.weight.device) for name, t in batch.items()} for batch in batches]
-
-
-@contextmanager
-def full_precision():
-    """No TF32 or bfloat16 inside float32 products."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-def check_exactness(model, *batch_lists):
-    """ValueError for what would make the kernel inexact."""
-    head, owner, wrong = model.head, {}, []
-    if not batch_lists[0] or any(isinstance(batches, dict) for batches in batch_lists):
-        wrong.append("expected lists of batches, and at least one training batch")
-    if torch.is_autocast_enabled(head.weight.device.type) or torch.is_inference_mode_enabled():
-        wrong.append("needs full precision and gradients; leave torch.autocast and torch.inference_mode")
-    if type(head) is not nn.Linear or len([p for p in head.parameters() if p.requires_grad]) < 2:
-        wrong.append("the head is not a Linear with a bias that trains, of which P (Prop. 4.1) is the kernel")
-    if head.weight.dtype not in (torch.float32, torch.float64):
-        wrong.append(f"the model is in {head.weight.dtype}; expected float32 or float64")
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if p.requires_grad and owner.setdefault(p, name) != name:
-            wrong.append(f"{name} is the same tensor as {owner[p]}; shared parameters are not supported")
-    for name, module in model.named_modules():
-        name, known = name or "the model", type(module) in (nn.Linear, nn.LayerNorm, nn.Embedding)
-        if module.training:
-            wrong.append(f"{name} is in training mode, where dropout is random; call model.eval() first")
-        if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq):
-            wrong.append(f"{name} rescales its rows or gradients (max_norm, scale_grad_by_freq)")
-        for key, p in module.named_parameters(recurse=False):
-            if p.requires_grad and not (known and key in ("weight", "bias")):
-                wrong.append(f"{name} ({type(module).__name__}) owns the parameter {key}; expected only "
-                             "weight and bias of Linear, LayerNorm and Embedding")
-    if wrong:
-        raise ValueError(f"NTK: {wrong[0]}")
-
-
-def print_size(model, batches, N, r):
-    """N, C, r, p, and about how much memory is needed beside the activations of one batch."""
-    (C, h), layers = model.head.weight.shape, trainable_layers(model.encoder)
-    R = sum(len(b["input_ids"]) for b in batches)
-    size = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)
-    widest = max(sum(m.weight.shape[1] + r * m.weight.shape[0] for m in some if isinstance(m, nn.Linear))
-                 for some in layers)  # a and g of one block, for one token
-    floats = sum(b["input_ids"].numel() for b in batches) * (widest + h * (len(layers) + r))
-    memory = floats * model.head.weight.element_size() + 24 * R * N * C**2
-    tqdm.write(f"NTK   N = {N} training and {R - N} test samples, C = {C}, V of rank {r}, p = {size:,} in "
-               f"the encoder; about {memory / 2**20:,.0f} MB", file=sys.stdout)
-
-
-def spot_check(model, batches, N, pretrain, ft):
-    """Compare six entries of P and of F (R, C, N, C) with autograd; ArithmeticError where they differ.
-
-    Each by itself, against its own diagonal: where P is large, Theta would hide an error of F.
-    """
-    samples = [{name: t[n:n + 1] for name, t in batch.items()} for batch in batches
-               for n in range(len(batch["input_ids"]))]
-    n, c = [0, N - 1, len(ft) - 1], [0, ft.shape[1] - 1, 0]  # three samples, two of training; a logit of each
-    names, trained = zip(*[(name, p) for name, p in model.named_parameters() if p.requires_grad])
-    with torch.enable_grad():
-        gradients = [torch.autograd.grad(model(**samples[i])[0, k], trained, materialize_grads=True)
-                     for i, k in zip(n, c)]
-    for part, kernel in (("P", pretrain), ("F", ft)):
-        own = [name.startswith("head.") == (part == "P") for name in names]
-        expected = torch.tensor([[sum(float((x * y).sum()) for x, y in compress(zip(one, other), own))
-                                  for one in gradients] for other in gradients], dtype=torch.double)  # (3, 3)
-        scale = expected.diagonal().sqrt().clamp(min=1e-300)
-        error = (kernel[n, c][:, n[:2], c[:2]] - expected[:, :2]).abs() / scale[:, None] / scale[:2]
-        if not error.max() <= (1e-4 if model.head.weight.dtype == torch.float32 else 1e-9):
-            raise ArithmeticError(
-                f"NTK: the spot check failed: {part} and autograd differ by {float(error.max()):.2g} of the "
-                "diagonal. Does the model use a parameter outside its layer, or one sample see another?")
 
 
 # ---------------------------------------------------------------------------- what the paper measures
@@ -374,7 +274,7 @@ def predicted_feature_change(model, train_batches, deltas, lr, batches):
     Theta_phi(x, x_i) = J(x) J(x_i)^T, J = dphi/dtheta_phi. No Jacobian is needed: sum_i J(x_i)^T V^T delta_i,
     the step of theta_phi, is one backward pass; J(x) times the step, the derivative along it, a forward one.
     """
-    check_exactness(model, train_batches, batches)
+    exact.check_exactness(model, train_batches, batches)
     trained = {name: p.detach() for name, p in model.encoder.named_parameters() if p.requires_grad}
     pulled = deltas.to(model.head.weight) @ model.head.weight.detach()  # V^T delta_i, (N, h)
     step = dict.fromkeys(trained, 0.0)
@@ -382,13 +282,13 @@ def predicted_feature_change(model, train_batches, deltas, lr, batches):
     def features(batch):
         return lambda trained: model.pool(functional_call(model.encoder, trained, (), batch))  # (n, h)
 
-    with full_precision(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward mode
-        for batch in on_device(model, train_batches):
+    with exact.full_precision(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward mode
+        for batch in exact.on_device(model, train_batches):
             n = len(batch["input_ids"])
             gradients = vjp(features(batch), trained)[1](pulled[:n])[0]
             step = {name: step[name] + g for name, g in gradients.items()}
             pulled = pulled[n:]
-        changes = [jvp(features(batch), (trained,), (step,))[1] for batch in on_device(model, batches)]
+        changes = [jvp(features(batch), (trained,), (step,))[1] for batch in exact.on_device(model, batches)]
     return lr * torch.cat(changes)
 
 

@@ -3,90 +3,58 @@
     python train.py --method lpft --lora                          the embedded benchmark, seconds
     python train.py --method ft --model roberta-base --data cb    a real encoder, real data
 
-Read `run` first: one run, from top to bottom, in the order of the paper. Each line of it needs at most one
-other file: the method is in lpft.py, the kernel in ntk.py; files, flags and devices are in plumbing/.
+Read `run` first: one run in the order of the paper. For each line of it you need at most one other file: the
+method is in lpft.py, the kernel in ntk.py; files, flags and devices are in plumbing/.
 
-A run that was interrupted goes on after its last whole epoch, to the same numbers: `python train.py --resume
-RUN_DIR`. Exit status: 0 done, 2 bad input (one line says what), 1 a full disk or memory or a solver that did not
-converge, 130 interrupted.
+`python train.py --resume RUN_DIR` goes on after an interrupted run's last whole epoch, to the same numbers.
+Exit status: 0 done, 2 bad input (in one line), 1 disk or memory full or no convergence, 130 interrupted.
 """
 
 import signal
 import sys
-from pathlib import Path
 
 import plumbing  # noqa: F401  before torch
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import ntk
-from data import evaluation_batches, load_task, read_task, tiny
+from data import draw_ntk_samples, load_task, read_task, tiny
 from data.corpora import CORPORA
 from lpft import (METRICS, NotFinite, accuracy, best_epoch, calibration_error, feature_statistics, fine_tune,
                   fit_linear_probe, fit_temperature, logits_of, predict, set_head, why_no_temperature)
 from model import Classifier, add_lora, count_parameters
-from plumbing import checkpoint, devices, export, files, flags, run_folder
-
-# ---------------------------------------------------------------------------- the flags
-
-
-def build_parser():
-    """The flags of one run; --help shows them."""
-    parser = flags.Parser("train.py", description="Train a text classifier by linear probing (lp), fine-tuning (ft) or "
-                          "linear probing then fine-tuning (lpft); measure accuracy, features, calibration.",
-                          epilog="Example: python train.py --method lpft --lora")
-    add = parser.add_argument_group("method").add_argument
-    add("--method", choices=("lp", "ft", "lpft"), default="lpft", help="lp: fit the head on frozen features; ft: train "
-        "everything from a random head; lpft: lp, then ft from its head (default: %(default)s)")
-    add("--lora", action="store_true", help="in the FT stage train low-rank updates of the query and value "
-        "projections instead of the whole encoder")
-    add("--lora-r", type=int, metavar="R", help="rank of the updates (default: 8)")
-    add("--lora-alpha", type=float, metavar="A", help="updates are scaled by A / R (default: 8)")
-    add("--lp-scoring", choices=("accuracy", "log-loss"), help="what cross-validation picks the LP penalty by "
-        "(default: accuracy)")
-    add("--lp-inverse-l2", type=float, metavar="C", help="fix the LP penalty (scikit-learn's C) instead")
-    add = parser.add_argument_group("model and data").add_argument
-    add("--model", default="tiny", metavar="{tiny,DIR,HUB}", help="tiny: the encoder in data/tiny_encoder; or a folder "
-        "with a BERT or RoBERTa checkpoint; or its name on the Hugging Face hub, such as roberta-base (default: tiny)")
-    add("--data", default="tiny", metavar="{tiny,tiny-plain,NAME,DIR}", help="an embedded task; one of the paper's, "
-        f"{', '.join(CORPORA)}; or a folder with train, and maybe val, test, ood_NAME, each .tsv, .csv or .jsonl "
-        "with text (or text_a, text_b) and label (default: tiny)")
-    add("--data-dir", type=Path, metavar="DIR", help="where the files of the paper's data sets lie; python -m "
-        "data.download gets them (default: datasets)")
-    add("--max-length", type=int, default=128, metavar="L", help="cut texts to this many tokens (default: %(default)s)")
-    add("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
-    add("--max-test", type=int, metavar="N", help="keep N samples of test and of each OOD split, for every seed the "
-        "same; 0 leaves them alone, as when hyper-parameters are chosen")
-    add_stage_flags(parser)
-    return parser
-
-
-def add_stage_flags(parser):
-    add = parser.add_argument_group("FT stage (defaults depend on method, model and data, and are printed)").add_argument
-    add("--epochs", type=int, metavar="N", help="the best on validation is kept (default: 10)")
-    add("--batch-size", type=int, metavar="N", help="samples per step")
-    add("--lr", type=float, metavar="LR", help="learning rate at the first step")
-    add("--head-scale", type=float, metavar="S", help="multiply the head it starts from, random or LP's, by S (Fig. 3; "
-        "default: 1)")
-    add("--ntk", type=int, nargs="?", const=250, metavar="N", help="before its first step, compute the neural tangent "
-        "kernel on N training and N test samples (1 to 250; 250 if no number is given)")
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, metavar="S", help="of the random head, LoRA, dropout and order; the same numbers "
-        "come out on one machine, on its CPU, with one number of threads (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes cuda, else mps, else cpu "
-        "(default: %(default)s)")
-    add("--out", type=Path, metavar="DIR", help="folder for config.json, metrics.jsonl, result.json and the weights; "
-        "must not hold anything yet (default: a new one under runs/)")
-    add("--resume", type=Path, metavar="RUN_DIR", help="go on with the unfinished run in RUN_DIR, with its own flags; "
-        "stands alone")
-    add("--export", type=Path, metavar="DIR", help="also write the result for other tools: a Hugging Face folder (LoRA "
-        "merged), head.safetensors, and with --lora a peft folder, DIR/adapter")
+from plumbing import checkpoint, devices, exact, export, files, flags, run_folder
 
 
 def parse_args(argv=None):
     """The flags, with every default filled in; meaningless ones end in one line and status 2."""
-    return flags.read(build_parser(), argv)
+    parser = flags.Parser("train.py", epilog="Example: python train.py --method lpft --lora", description=(
+        "Train a text classifier by linear probing (lp), fine-tuning (ft) or linear probing then fine-tuning "
+        "(lpft), and measure accuracy, features, calibration."))
+    add = parser.add_argument_group("method").add_argument
+    add("--method", choices=("lp", "ft", "lpft"), default="lpft", help="lp: fit the head on frozen features; "
+        "ft: train everything from a random head; lpft: lp, then ft from its head (default: lpft)")
+    add("--lora", action="store_true", help="in the FT stage train low-rank updates of the query and value "
+        "projections instead of the whole encoder")
+    add("--lora-r", type=int, metavar="R", help="rank of the updates (default: 8)")
+    add("--lora-alpha", type=float, metavar="A", help="updates are scaled by A / R (default: 8)")
+    add("--lp-scoring", choices=("accuracy", "log-loss"), help="chooses LP's penalty (default: accuracy)")
+    add("--lp-inverse-l2", type=float, metavar="C", help="fix LP's penalty (scikit-learn's C)")
+    add = parser.add_argument_group("model and task").add_argument
+    add("--model", default="tiny", metavar="{tiny,DIR,HUB}", help="tiny: the one in data/tiny_encoder; or "
+        "a folder with a BERT or RoBERTa checkpoint; or its name on the Hugging Face hub (default: tiny)")
+    add("--data", default="tiny", metavar="{tiny,tiny-plain,NAME,DIR}", help="an embedded task; or one of "
+        f"the paper's, {', '.join(CORPORA)}; or a folder with train, maybe val, test, ood_NAME, each .tsv, .csv "
+        "or .jsonl with text (or text_a, text_b) and label (default: tiny)")
+    add = parser.add_argument_group("FT stage (defaults by method, model and data are printed)").add_argument
+    add("--epochs", type=int, metavar="N", help="the best on validation is kept (default: 10)")
+    add("--batch-size", type=int, metavar="N", help="samples per step")
+    add("--lr", type=float, metavar="LR", help="learning rate at the first step")
+    add("--head-scale", type=float, metavar="S", help="multiply the initial head by S (Fig. 3; default: 1)")
+    add("--ntk", type=int, nargs="?", const=250, metavar="N", help="before its first step, compute the "
+        "neural tangent kernel on N training and N test samples (1 to 250; 250 if no number is given)")
+    flags.add_common_flags(parser)
+    return flags.read(parser, argv)
 
 
 # ---------------------------------------------------------------------------- one run
@@ -96,42 +64,35 @@ def run(args, state):
     """One run, in the order of the paper; returns the dict that result.json holds."""
     task, encoder, tokenizer = load(args)
     state.load(flags.identity(args) | {"data and encoder": run_folder.fingerprint(task, encoder)})
-    print_configuration(args, task)
+    flags.print_configuration(args, task)
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(task.labels)).to(args.device)
     features_0 = features_of(model, task, args)  # phi_0(x), before anything moves
-    result = {"method": args.method, "lora": args.lora, "seed": args.seed, "model": args.model, "data": args.data,
-              "samples": {name: len(split) for name, split in task.splits.items()}}
-
-    lines = []  # of metrics.jsonl
+    result = {name: vars(args)[name] for name in ("method", "lora", "seed", "model", "data")}
+    result |= {"samples": {name: len(split) for name, split in task.splits.items()}}
     head_0 = torch.zeros_like(model.head.weight)  # V_0, where LP starts
+
     if args.method != "ft":  # LP: the head alone
         result["lp"] = lp_stage(args, model, task, features_0)
-        lines = [result["lp"]]
-        files.write_lines(args.out / "metrics.jsonl", lines)
-    if args.method != "lp":  # FT: from the random head, or from LP's
+    if args.method != "lp":  # the FT stage, from the random head or from LP's
         with torch.no_grad():
-            model.head.weight *= args.head_scale or 1.0
-            model.head.bias *= args.head_scale or 1.0
+            for parameter in model.head.parameters():  # V and b
+                parameter *= args.head_scale or 1.0
         head_0 = model.head.weight.detach().clone()  # V_0, where the FT stage starts
         if args.lora:
             add_lora(model.encoder, args.lora_r, args.lora_alpha)
-        if args.ntk:  # Theta = P + F where the FT stage starts
+        if args.ntk:  # Theta = P + F, where the FT stage starts
             result["ntk"] = ntk_stage(args, model, task)
-        result["kept_epoch"] = ft_stage(args, model, tokenizer, task, state, lines)
+        result["kept_epoch"] = ft_stage(args, model, tokenizer, task, state, result.get("lp"))
     else:
         model.encoder.requires_grad_(False)
 
     result |= evaluate(model, task, features_0, frozen=args.method == "lp")
     trainable, total = count_parameters(model)
-    result |= {"head_norm_initial": float(head_0.norm()), "trainable_parameters": trainable, "total_parameters": total,
-               "head_diff": float((model.head.weight.detach() - head_0).norm()), "seconds": round(state.seconds(), 2)}
-    export.save_classifier(args.out, model, tokenizer, task, result["temperature"], args.max_length, args.data,
-                           result["temperature_reason"])
-    if args.export:
-        export.export_classifier(args.export, model, tokenizer, task, result["temperature"], args.max_length,
-                                 tiny.ENCODER if args.model == "tiny" else args.model)
-    files.write_json(args.out / "result.json", result)  # last: a folder that has it is finished
+    result |= {"head_norm_initial": float(head_0.norm()), "trainable_parameters": trainable,
+               "head_diff": float((model.head.weight.detach() - head_0).norm()), "total_parameters": total,
+               "seconds": round(state.seconds(), 2)}
+    export.save_run(args, model, tokenizer, task, result)
     print_table(args, result)
     return result
 
@@ -142,17 +103,17 @@ def load(args):
     encoder, tokenizer = checkpoint.load_pretrained(tiny.ENCODER if args.model == "tiny" else args.model)
     task = load_task(rows, tokenizer, args.max_length, None, args.max_train, args.seed, args.max_test)
     flags.check_task(args, task, tokenizer, encoder.config)
-    if args.ntk:  # too few samples are refused now, before minutes of work
-        pick_ntk_samples(args.ntk, args.seed, {name: split.labels for name, split in task.splits.items()}, task.labels)
+    if args.ntk:
+        draw_ntk_samples(args.ntk, args.seed, task)  # refuses too few now, before minutes of work
     return task, encoder, tokenizer
 
 
 def features_of(model, task, args):
-    """{split: phi_0 (N, h)}; train and val are for LP alone."""
+    """{split: phi_0, (N, h)}; those of train and val are for LP alone."""
     features_0 = {name: predict(model, task.splits[name], desc=f"features of {name}")[0]
                   for name in (task.test_names if args.method == "ft" else task.splits)}
     if not all(torch.isfinite(features).all() for features in features_0.values()):
-        raise ValueError(f"--model {args.model}: its features hold NaN or infinity; the checkpoint is damaged")
+        raise ValueError(f"--model {args.model}: features with NaN or infinity; the checkpoint is damaged")
     return features_0
 
 
@@ -162,7 +123,8 @@ def lp_stage(args, model, task, features_0):
     size, (_, total) = model.head.weight.numel() + model.head.bias.numel(), count_parameters(model)
     print(f"\nLP    trains the head alone, on {len(labels)} fixed features: {size:,} of {total:,} "
           f"parameters ({100 * size / total:.3g} %)")
-    probe = fit_linear_probe(features_0["train"], labels, len(task.labels), args.lp_inverse_l2, args.lp_scoring)
+    features = features_0["train"]
+    probe = fit_linear_probe(features, labels, len(task.labels), args.lp_inverse_l2, args.lp_scoring)
     set_head(model, probe)
     logits, val_logits = (logits_of(model, features_0[name]) for name in ("train", "val"))  # (N, C)
     record = {"stage": "lp", "inverse_l2": probe.inverse_l2, "train_accuracy": accuracy(logits, labels),
@@ -170,84 +132,66 @@ def lp_stage(args, model, task, features_0):
               f"val_{task.metric}": METRICS[task.metric](val_logits, val_labels),
               "head_norm": float(probe.weight.norm()), "path": probe.path}
     chosen = "fixed" if args.lp_inverse_l2 else f"by 5-fold {args.lp_scoring}"
-    print(f"LP    strength {chosen}, C = {probe.inverse_l2:.4g};  train {record['train_accuracy']:.3f}  "
-          f"{val_title(task)} {record[f'val_{task.metric}']:.3f}  head norm {record['head_norm']:.3f}")
+    print(f"LP    strength {chosen}, C = {probe.inverse_l2:.4g};  {scores_of(record, task)}")
     if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:
-        print("LP    train is far above val: the head may know its samples by heart; try --lp-scoring log-loss, "
-              "which mostly picks a smaller one")
+        print("LP    train is far above val: the head may know its samples by heart; try --lp-scoring "
+              "log-loss, which mostly picks a smaller one")
+    files.write_lines(args.out / "metrics.jsonl", [record])
     return record
 
 
-def val_title(task):
-    return "val" if task.metric == "accuracy" else f"val {task.metric}"  # train's is always accuracy
-
-
-def pick_ntk_samples(count, seed, labels, classes):
-    """{split: indices} of the samples of --ntk, in random order: of train, and of test or else val.
-
-    `labels` {split: (N,)}, class indices; `classes` their names.
-    """
-    generator, picked = torch.Generator().manual_seed(seed), {}
-    for name in ("train", "test" if "test" in labels else "val"):
-        picked[name] = torch.randperm(len(labels[name]), generator=generator)[:count].numpy()
-    counts = torch.as_tensor(labels["train"])[picked["train"]].bincount(minlength=len(classes))
-    if counts.min() < 5:
-        raise ValueError(f"--ntk {count}: the {counts.sum()} training samples drawn with seed {seed} have "
-                         f"{counts.min()} of class {classes[counts.argmin()]}; kernel regression needs 5 of each, so "
-                         "a larger N or more data")
-    return picked
+def scores_of(record, task):
+    """Of a record of LP or of an epoch; train's is always accuracy."""
+    val = "val" if task.metric == "accuracy" else f"val {task.metric}"
+    return (f"train {record['train_accuracy']:.3f}  {val} {record[f'val_{task.metric}']:.3f}  "
+            f"head norm {record['head_norm']:.3f}")
 
 
 def ntk_stage(args, model, task):
     """Table 2: the kernel of the model as it is, printed; P and F go to ntk.npz."""
     print()
-    picked = pick_ntk_samples(args.ntk, args.seed, {name: split.labels for name, split in task.splits.items()}, task.labels)
-    batches, places, labels = [], [], []
-    for name, indices in picked.items():
-        split = task.splits[name]
-        order = evaluation_batches(split.lengths[indices], 16)  # by length: little padding
-        batches.append([split.batch(indices[part])[0] for part in order])
-        places.append(np.concatenate(order).argsort())  # where each sample is in the batches
-        labels.append(split.labels[indices])
+    picked = draw_ntk_samples(args.ntk, args.seed, task)
+    labels, test_labels = (task.splits[name].labels[indices] for name, indices in picked.items())
+    batches, places = zip(*(task.splits[name].batches(indices, 16) for name, indices in picked.items()))
     with devices.memory_advice("--ntk or --max-length"):
         kernels = vars(ntk.empirical_ntk(model.eval(), *batches))
     # back to the random order, in which kernel regression deals its folds
-    kernels = {name: kernel[places[name.startswith("test")]][:, :, places[0]] for name, kernel in kernels.items()}
+    kernels = {name: kernel[places["test" in name]][:, :, places[0]] for name, kernel in kernels.items()}
     P, F, test_P, test_F = kernels.values()  # (N, C, N, C), twice; (M, C, N, C), twice
     with torch.no_grad():
-        logits = torch.cat([model(**devices.to_device(batch, model.head.weight.device)).cpu() for batch in batches[0]])
-    deltas = ntk.initial_deltas(logits[places[0]], labels[0])  # (N, C)
-    result = {"train_samples": len(labels[0]), "test_samples": len(labels[1]), "test_split": [*picked][1],
+        logits = torch.cat([model(**batch).cpu() for batch in exact.on_device(model, batches[0])])  # (N, C)
+    deltas = ntk.initial_deltas(logits[places[0]], labels)
+    result = {"train_samples": len(labels), "test_samples": len(test_labels), "test_split": [*picked][1],
               "ft_ratio": ntk.ft_ratio(ntk.NTK(P, F), deltas)}
     print(f"\n{'kernel':8s}{'rank':>6s}{'Frobenius':>12s}{'train':>9s}{'test':>8s}"
           f"{'train/logit':>13s}{'test/logit':>12s}{'FT ratio':>10s}")
     for name, kernel, test_kernel in (("P", P, test_P), ("F", F, test_F), ("Theta", P + F, test_P + test_F)):
-        row = ntk.kernel_statistics(kernel)
-        row.pop("trace_norms")
-        row |= ntk.kernel_regression(kernel, labels[0], test_kernel, labels[1])
-        result[name] = row | {"singular_values": row["singular_values"].tolist()}
+        row = ntk.kernel_statistics(kernel) | ntk.kernel_regression(kernel, labels, test_kernel, test_labels)
+        row["singular_values"] = row["singular_values"].tolist()
+        del row["trace_norms"]
+        result[name] = row
         print(f"{name:8s}{row['rank']:6d}{row['frobenius']:12.1f}{row['train_accuracy']:9.3f}"
               f"{row['test_accuracy']:8.3f}{row['train_logit_accuracy']:13.3f}"
               f"{row['test_logit_accuracy']:12.3f}" + f"{result['ft_ratio']:10.3f}" * (name == "F"))
-    print(f"train, test: class accuracy of kernel regression, tested on {result['test_split']}; /logit: of its "
-          "single yes-or-no decisions")
-    files.write_arrays(args.out / "ntk.npz", **kernels, deltas=deltas, labels=labels[0], test_labels=labels[1],
-                            train_indices=picked["train"], test_indices=picked[result["test_split"]])
+    print(f"train, test: class accuracy of kernel regression, tested on {result['test_split']}; /logit: of "
+          "its single yes-or-no decisions")
+    files.write_arrays(args.out / "ntk.npz", **kernels, labels=labels, test_labels=test_labels, deltas=deltas,
+                       train_indices=picked["train"], test_indices=picked[result["test_split"]])
     return result
 
 
-def ft_stage(args, model, tokenizer, task, state, lines):
-    """The FT stage, on all of the encoder or on LoRA alone, and always on the head; the number of the kept epoch."""
+def ft_stage(args, model, tokenizer, task, state, lp_record):
+    """The FT stage, on all of the encoder or on LoRA alone, and on the head: the epoch that is kept."""
     trainable, total = count_parameters(model)
     what = f"LoRA (r = {args.lora_r}) on query and value" if args.lora else "the whole encoder"
     print(f"\nFT    trains {what}, and the head: {trainable:,} of {total:,} parameters "
           f"({100 * trainable / total:.3g} %)\n"
-          "FT    epoch 0 is the start, without dropout; then loss and train are means over the epoch, with it")
+          "FT    epoch 0 is the start, without dropout; then loss and train are the epoch's means, with it")
+    lines = [lp_record] if lp_record else []
 
     def on_epoch(record):
-        tqdm.write(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  "
-                   f"train {record['train_accuracy']:.3f}  {val_title(task)} {record[f'val_{task.metric}']:.3f}  "
-                   f"head norm {record['head_norm']:.3f}", file=sys.stdout)
+        tqdm.write(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  {scores_of(record, task)}",
+                   file=sys.stdout)
         lines.append({"stage": "ft"} | record)
         files.write_lines(args.out / "metrics.jsonl", lines)
 
@@ -255,13 +199,11 @@ def ft_stage(args, model, tokenizer, task, state, lines):
         on_epoch(record)
     try:
         with devices.memory_advice("--batch-size or --max-length"):
-            history = fine_tune(model, task.splits["train"], task.splits["val"], lr=args.lr, epochs=args.epochs, state=state,
-                                batch_size=args.batch_size, seed=args.seed, on_epoch=on_epoch, metric=task.metric)
+            history = fine_tune(model, task.splits["train"], task.splits["val"], lr=args.lr, seed=args.seed,
+                                batch_size=args.batch_size, epochs=args.epochs, metric=task.metric,
+                                on_epoch=on_epoch, state=state)
     except NotFinite as error:
-        if error.kept:
-            export.save_classifier(args.out, model, tokenizer, task, 1.0, args.max_length, args.data,
-                                   "training ended before its last epoch")
-        raise ValueError(f"{error}" + f"; the best weights before are in {args.out}" * error.kept) from None
+        raise export.save_unfinished(args, model, tokenizer, task, error) from None
     kept = best_epoch(history, task.metric)["epoch"]
     print(f"FT    keeps epoch {kept}, the first after the start with the highest validation {task.metric}")
     return kept
@@ -273,47 +215,29 @@ def evaluate(model, task, features_0, frozen=False):
     `features_0` {split: phi_0}; of a `frozen` encoder these are its features still.
     """
     def outcome(name):  # features (N, h), logits (N, C)
-        if frozen and name in features_0:
+        if frozen:
             return features_0[name], logits_of(model, features_0[name])
         return predict(model, task.splits[name], desc=f"testing on {name}")
 
     _, logits = outcome("val")
-    val_labels = task.splits["val"].labels
-    temperature = fit_temperature(logits, val_labels)
-    score = METRICS[task.metric]  # accuracy is reported beside any other
-    result = {"metric": task.metric, "val_accuracy": accuracy(logits, val_labels),
-              f"val_{task.metric}": score(logits, val_labels), "accuracy": {}, task.metric: {},
-              "head_norm": float(model.head.weight.detach().norm()), "features": {}, "features_pretrained": {},
-              "temperature": temperature, "temperature_reason": why_no_temperature(logits, val_labels),
-              "calibration": {}}
+    labels, score = task.splits["val"].labels, METRICS[task.metric]  # accuracy is reported beside any other
+    temperature, reason = fit_temperature(logits, labels), why_no_temperature(logits, labels)
+    result = {"metric": task.metric, "val_accuracy": accuracy(logits, labels), f"val_{task.metric}":
+              score(logits, labels), "head_norm": float(model.head.weight.detach().norm()),
+              "temperature": temperature, "temperature_reason": reason,
+              "accuracy": {}, task.metric: {}, "features": {}, "features_pretrained": {}, "calibration": {}}
     for name in task.test_names:
-        labels = task.splits[name].labels
         features, logits = outcome(name)
+        labels = task.splits[name].labels
         result["accuracy"][name] = accuracy(logits, labels)
         result[task.metric][name] = score(logits, labels)
         result["features"][name] = feature_statistics(features, features_0[name], labels)
         result["features_pretrained"][name] = feature_statistics(features_0[name], features_0[name], labels)
-        (ece, mce), (ece_scaled, mce_scaled) = (calibration_error(logits, labels),
-                                                calibration_error(logits / temperature, labels))
-        result["calibration"][name] = {"ece": ece, "mce": mce, "ece_scaled": ece_scaled,
-                                       "mce_scaled": mce_scaled}
+        ece, mce = calibration_error(logits, labels)
+        ece_scaled, mce_scaled = calibration_error(logits / temperature, labels)
+        result["calibration"][name] = {"ece": ece, "mce": mce,
+                                       "ece_scaled": ece_scaled, "mce_scaled": mce_scaled}
     return result
-
-
-# ---------------------------------------------------------------------------- what is written
-
-
-def print_configuration(args, task):
-    print("configuration")
-    for name, value in flags.configuration(args).items():
-        if value is not False:  # a flag like --lora is there or not
-            shown = "" if value is True else f"{value}   ({args.why_device})" if name == "device" else value
-            print(f"  --{name.replace('_', '-'):16s}{shown}".rstrip())
-    sizes = ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
-    print(f"  samples           {sizes}\n  classes           {', '.join(task.labels)}")
-    if task.skipped:
-        counts = ", ".join(f"{name} {count}" for name, count in task.skipped.items())
-        print(f"  skipped           rows without text: {counts}")
 
 
 def print_table(args, result):
@@ -334,26 +258,18 @@ def print_table(args, result):
     print(f"\nECE/T, MCE/T: {with_t}. Features: against the pre-trained encoder.\n"
           f"Head norm {result['head_norm_initial']:.3f} -> {result['head_norm']:.3f}.  "
           f"Everything is in {args.out}" + f", for other tools in {args.export}" * bool(args.export) + ".\n")
-    name = args.method + "-lora" * args.lora
-    line = [f"result: method={name} data={args.data} seed={args.seed}",
-            f"val_accuracy={result['val_accuracy']:.4f}"]
-    line += [f"{split}_accuracy={score:.4f}" for split, score in result["accuracy"].items()]
-    if result["metric"] != "accuracy":
-        scores = {"val": result[f"val_{result['metric']}"]} | result[result["metric"]]
-        line += [f"{split}_{result['metric']}={score:.4f}" for split, score in scores.items()]
-    line += [f"{key}={result[key]:.4f}" for key in ("head_norm", "temperature", "seconds")]
-    print(" ".join(line))
+    line = {"method": args.method + "-lora" * args.lora, "data": args.data, "seed": args.seed}
+    for score in reversed(scores):  # accuracy first
+        line |= {f"{split}_{score}": f"{value:.4f}"
+                 for split, value in ({"val": result[f"val_{score}"]} | result[score]).items()}
+    line |= {key: f"{result[key]:.4f}" for key in ("head_norm", "temperature", "seconds")}
+    print("result: " + " ".join(f"{key}={value}" for key, value in line.items()))
 
 
 def main(argv=None):
     args = parse_args(argv)
-
-    def work():
-        with run_folder.open_run(args) as state:
-            if state:
-                run(args, state)
-
-    return flags.exit_status("train.py", work, lambda: run_folder.how_to_go_on(args.out))
+    return flags.exit_status("train.py", lambda: run_folder.run_in_folder(args, run),
+                             lambda: run_folder.how_to_go_on(args.out))
 
 
 if __name__ == "__main__":

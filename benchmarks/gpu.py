@@ -34,9 +34,10 @@ import lpft
 from lab import pretrain
 from data import Split, Task, tiny
 from plumbing import devices
+from plumbing.exact import add_gram
 from plumbing.export import export_classifier, save_classifier
 from model import Classifier, Encoder, EncoderConfig, add_lora
-from ntk import add_gram, empirical_ntk
+from ntk import empirical_ntk
 from ntk_vs_torch_func import cut, make_samples, torch_func
 from predict_vs_transformers import by_predict, by_transformers
 from train_vs_transformers import Clock, FirstTokenClassifier, FixedBatches, one_sample
@@ -409,7 +410,7 @@ def products(device, rows, columns):
         add_gram(kernel, J)
         return kernel.tril() + kernel.tril(-1).T
 
-    for name, run in (("float32", lambda: J @ J.T), ("float32, ntk.add_gram", as_in_ntk), ("float64", lambda: J.double() @ J.double().T),
+    for name, run in (("float32", lambda: J @ J.T), ("float32, exact.add_gram", as_in_ntk), ("float64", lambda: J.double() @ J.double().T),
                       ("3 x TF32", three_tf32)):
         run()
         seconds, _, found = timed(device, run, 5)

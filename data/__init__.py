@@ -79,6 +79,11 @@ class Split:
         batch = {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
         return batch, self.labels[indices]
 
+    def batches(self, indices, batch_size):
+        """(batches of these samples, by length so that padding is little; where each sample is in them, (N,))."""
+        order = evaluation_batches(self.lengths[indices], batch_size)
+        return [self.batch(indices[part])[0] for part in order], np.concatenate(order).argsort()
+
 
 def training_batches(lengths, batch_size, generator):
     """Index arrays of one epoch: every sample once, neighbours in length together.
@@ -191,9 +196,9 @@ def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_t
     """A Task by name (tiny, tiny-plain, or one of corpora.CORPORA below data_dir), or of a folder.
 
     max_train keeps that many training samples, drawn with `seed`, in their original order; max_test as many
-    of test and of each OOD split, the same for every seed, and with 0 the task has neither. Instead of a name,
-    Rows that read_task has read. Raises ValueError or FileNotFoundError that names the file, the line and
-    what was expected.
+    of test and of each OOD split, the same for every seed, and with 0 the task has neither. Instead of a
+    name, Rows that read_task has read. Raises ValueError or FileNotFoundError that names the file, the line
+    and what was expected.
     """
     rows = name_or_directory
     if not isinstance(rows, Rows):
@@ -222,6 +227,22 @@ def draw_train(rows, max_train, seed):
                          + f" have no {readers.listing([rows.labels[i] for i in sorted(missing)])}; every class needs "
                          "samples there")
     return train
+
+
+def draw_ntk_samples(count, seed, task):
+    """{split: indices} of kernel samples, drawn with `seed`, in random order: of train, and of test or else val.
+
+    ValueError where a class has fewer than 5 of the training samples: kernel regression cross-validates.
+    """
+    generator, drawn = torch.Generator().manual_seed(seed), {}
+    for name in ("train", "test" if "test" in task.splits else "val"):
+        drawn[name] = torch.randperm(len(task.splits[name]), generator=generator)[:count].numpy()
+    counts = task.splits["train"].labels[drawn["train"]].bincount(minlength=len(task.labels))
+    if counts.min() < 5:
+        raise ValueError(f"--ntk {count}: the {counts.sum()} training samples drawn with seed {seed} have "
+                         f"{counts.min()} of class {task.labels[counts.argmin()]}; kernel regression needs 5 of each, "
+                         "so a larger N or more data")
+    return drawn
 
 
 def count_unknown(tokenizer, split, pairs):

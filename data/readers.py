@@ -205,7 +205,8 @@ def read_table(path):
 def refuse_typos(rows):
     """ValueError for a label of a single row that is spelt nearly as one of five rows or more.
 
-    `rows` (where, text_a, text_b, label). Labels with other numbers in them, as class 1 and class 2, are not alike.
+    `rows` (where, text_a, text_b, label). Labels with other numbers in them, as class 1 and class 2, are not
+    alike.
     """
     counts = Counter(label for *_, label in rows)
     often = {label.lower(): label for label, count in counts.items() if count >= 5}

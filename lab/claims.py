@@ -7,13 +7,13 @@ seed, and a margin that the number has to exceed. Over seeds the numbers have a 
 (Student's t): the part holds if the interval is above the margin, does not hold if it is below, and is
 undecided if the margin is inside. A claim holds if every part does and does not hold if one does not.
 
-The twice of claim 1 and bounds other than 0 are this project's reading of the paper's words: "far more" is twice,
-"matches" is at most one point less, "nearly" is nine tenths of a rank and half of a singular value.
+The twice of claim 1 and bounds other than 0 are this project's reading of the paper's words: "far more" is
+twice, "matches" is at most one point less, "nearly" is nine tenths of a rank and half of a singular value.
 
-All runs share their test samples, whose chance seeds do not see. So a score that is closer to its bound than 6
-samples, or whose samples, added over splits, lie on the other side of it, is undecided, whatever the seeds say. 6 is
-the least: of 5 that all go one way the sign test (McNemar's) still says p = 0.06; where runs disagree on many
-samples it takes more. Other numbers have no such guard.
+All runs share their test samples, whose chance seeds do not see. So a score that is closer to its bound than
+6 samples, or whose samples, added over splits, lie on the other side of it, is undecided, whatever the seeds
+say. 6 is the least: of 5 that all go one way the sign test (McNemar's) still says p = 0.06; where runs
+disagree on many samples it takes more. Other numbers have no such guard.
 """
 
 import math
@@ -51,7 +51,9 @@ class Runs:
         self.results, self.seed, self.used = results, seed, []
 
     def number(self, name, *keys):
-        """The number, or the array of numbers, under `keys` in the result of a run; NotMeasured if it is not there."""
+        """The number, or the array of numbers, under `keys` in the result of a run; NotMeasured if it is not
+        there.
+        """
         run = f"{name}-seed{self.seed}"
         if run not in self.results:
             raise NoRun(f"no run {run}")
@@ -76,7 +78,9 @@ class Runs:
 
 
 def look_up(result, keys):
-    """The number under `keys` in nested dicts, or the list of numbers as an array; None if it is not that or not finite."""
+    """The number under `keys` in nested dicts, or the list of numbers as an array; None if it is not that or
+    not finite.
+    """
     for key in keys:
         result = result.get(key) if isinstance(result, dict) else None
     if isinstance(result, list):
@@ -87,7 +91,9 @@ def look_up(result, keys):
 
 
 def scale_names(results):
-    """{factor on the starting head: {method: run name without its seed}}, of the factors that were run; with 1."""
+    """{factor on the starting head: {method: run name without its seed}}, of the factors that were run; with
+    1.
+    """
     factors = {run.split("-scale")[1].split("-seed")[0] for run in results if "-scale" in run} | {"1"}
     return {float(factor): {name: name if factor == "1" else f"{name}-scale{factor}" for name in ("FT", "LP-FT")}
             for factor in sorted(factors, key=float)}
@@ -239,10 +245,10 @@ def calibration_parts(places):
 def judge(results, seeds):
     """[{claim, verdict, parts: [{part, margin, verdict, mean, lower, upper, values, seeds, sources}]}].
 
-    results {run: what result.json holds}. A part uses the seeds that have its runs; with fewer than two, or where
-    a number is not defined, it is "not measured", and `why` says so, as it does where the shared test samples leave
-    a part undecided that its interval would decide. sources are [file, key] pairs. A claim holds where every part does,
-    does not hold where one does not, and is undecided in between.
+    results {run: what result.json holds}. A part uses the seeds that have its runs; with fewer than two, or
+    where a number is not defined, it is "not measured", and `why` says so, as it does where the shared test
+    samples leave a part undecided that its interval would decide. sources are [file, key] pairs. A claim
+    holds where every part does, does not hold where one does not, and is undecided in between.
     """
     first = results[f"LP-seed{seeds[0]}"]
     judged = []

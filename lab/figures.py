@@ -2,9 +2,9 @@
 
     python -m lab.figures reproduction/tiny-tiny
 
-Each function draws one; `make_all` draws what can be drawn and says why the rest cannot. Colours are Okabe and
-Ito's, which colour-blind readers tell apart, one to a method throughout (one to a class in the maps of features).
-Needs matplotlib and scikit-learn.
+Each function draws one; `make_all` draws what can be drawn and says why the rest cannot. Colours are Okabe
+and Ito's, which colour-blind readers tell apart, one to a method throughout (one to a class in the maps of
+features). Needs matplotlib and scikit-learn.
 """
 
 import functools
@@ -67,7 +67,9 @@ def metrics(out, name, seed):
 
 
 def head_norms(out, results, seeds):
-    """Fig. 1, 4: head norm and training accuracy along LP and along the FT stage, and the norms that are kept."""
+    """Fig. 1, 4: head norm and training accuracy along LP and along the FT stage, and the norms that are
+    kept.
+    """
     figure, (lp, ft, accuracy, end) = panels(4)
     norms, accuracies = zip(*metrics(out, "LP", seeds[0])[0]["path"])
     line, = lp.plot(norms, color=COLOURS["LP"])
@@ -186,7 +188,9 @@ def load_runs(out, results, seed):
 
 
 def feature_maps(out, results, seeds, runs):
-    """Fig. 5, 6: t-SNE of test features (dots) with the head's rows (stars), stretched to the features' length."""
+    """Fig. 5, 6: t-SNE of test features (dots) with the head's rows (stars), stretched to the features'
+    length.
+    """
     found, labels, names = runs
     some = np.random.default_rng(0).permutation(len(labels))[:400]
     many = len(names) > len(CLASS_COLOURS)

@@ -121,7 +121,8 @@ def tuning_table(tuning, plan):
 
 
 def tables(metric, splits):
-    """{title: [(row, keys into result.json)]}; the columns are the methods; a pair of keys is a difference."""
+    """{title: [(row, keys into result.json)]}; the columns are the methods; a pair of keys is a difference.
+    """
     def calibration(split):
         return [(f"{kind.upper()}{after}, {split}", ("calibration", split, key))
                 for kind in ("ece", "mce") for after, key in (
@@ -147,7 +148,8 @@ def tables(metric, splits):
 
 
 def fill_table(rows, results, seeds):
-    """{row: {column: {mean, std, values, runs, key}}} over seeds, by method and, for features, pre-trained."""
+    """{row: {column: {mean, std, values, runs, key}}} over seeds, by method and, for features, pre-trained.
+    """
     table = {}
     for row, keys in rows:
         table[row] = {}
@@ -166,7 +168,9 @@ def fill_table(rows, results, seeds):
 
 
 def scale_table(results, seeds, splits):
-    """A table as fill_table makes: {method and factor: {Diff(F) by split, kept epoch: cell}}, where all seeds have it."""
+    """A table as fill_table makes: {method and factor: {Diff(F) by split, kept epoch: cell}}, where all seeds
+    have it.
+    """
     table, scales = {}, scale_names(results)
     columns = [(f"Diff(F), {split}", ("features", split, "diff")) for split in splits] + [("kept epoch", ("kept_epoch",))]
     for method in ("FT", "LP-FT") if len(scales) > 1 else ():
@@ -196,7 +200,9 @@ def cell(found, key):
 
 
 def number(x):
-    """Three digits behind the point, fewer for large and for whole numbers, one that counts for very small ones."""
+    """Three digits behind the point, fewer for large and for whole numbers, one that counts for very small
+    ones.
+    """
     if float(x).is_integer() or abs(x) >= 100:
         return f"{x:.0f}" if x else "0"
     return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}" if abs(x) >= 0.001 else f"{x:.1g}"
@@ -324,7 +330,9 @@ def draw_figures(out, results, most):
 
 
 def command_rows(out, judged):
-    """[[runs, claims, command]] of train.py, one for each kind of run behind the claims; $seed stands for the seeds."""
+    """[[runs, claims, command]] of train.py, one for each kind of run behind the claims; $seed stands for the
+    seeds.
+    """
     behind = {}  # {name without its seed: ({numbers of claims}, one run)}
     for i, claim in enumerate(judged, 1):
         for part in claim["parts"]:

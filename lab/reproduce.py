@@ -9,8 +9,8 @@
 3. writes report.md and report.html: every table and figure, and a verdict on each of the paper's seven
    claims (report.py, lab.figures, which also run alone).
 
-A run is a process of train.py with one thread, and `--jobs` of them go side by side. A finished run is
-never repeated: after an interruption the same command goes on. A run that fails is named, and the others go on.
+A run is a process of train.py with one thread, and `--jobs` of them go side by side. A finished run is never
+repeated: after an interruption the same command goes on. A run that fails is named, and the others go on.
 
 Exit status: 0 done, 2 bad input (one line says what), 1 a run failed, 130 interrupted.
 """
@@ -31,7 +31,7 @@ import plumbing  # noqa: F401  before torch
 import torch
 
 import train
-from data import draw_train, load_task, read_task, tiny
+from data import draw_ntk_samples, load_task, read_task, tiny
 from lab.report import METHODS, PLAN, choose_rates, last_error, read_flags, read_plan, read_results, write_report
 from plumbing.checkpoint import load_pretrained
 from plumbing.files import read_json, write_text
@@ -234,24 +234,26 @@ def wait_until_free(folder, stopping):
 
 
 def check_data(args):
-    """ValueError or OSError now for what the runs would refuse after hours; also fetches or makes the encoder."""
+    """ValueError or OSError now for what the runs would refuse after hours; also fetches or makes the
+    encoder.
+    """
     rows = read_task(args.data, args.data_dir)
     if "test" not in rows.splits:
         raise ValueError(f"--data {args.data}: has no test split, which tables and claims are about")
-    labels = {split: torch.tensor([index for *_, index in samples]) for split, samples in rows.splits.items()}
-    for seed in (*range(1, args.seeds + 1), *(() if args.no_tuning else TUNING_SEEDS)):
-        drawn = draw_train(rows, args.max_train, seed)
-        if args.ntk and seed not in TUNING_SEEDS:
-            of_seed = labels | {"train": torch.tensor([index for *_, index in drawn])}
-            train.pick_ntk_samples(args.ntk, seed, of_seed, rows.labels)
     encoder, tokenizer = load_pretrained(tiny.ENCODER if args.model == "tiny" else args.model)
-    flags = train.parse_args(common_flags(args, "LP-LoRA", seed=1))
-    task = load_task(rows, tokenizer, flags.max_length, max_train=args.max_train, seed=1, max_test=args.max_test)
+    flags, task = train.parse_args(common_flags(args, "LP-LoRA", seed=1)), None
+    for seed in (*range(1, args.seeds + 1), *(() if args.no_tuning else TUNING_SEEDS)):
+        if args.max_train or not task:  # else it is the same for every seed
+            task = load_task(rows, tokenizer, flags.max_length, None, args.max_train, seed, args.max_test)
+        if args.ntk and seed not in TUNING_SEEDS:
+            draw_ntk_samples(args.ntk, seed, task)
     check_task(flags, task, tokenizer, encoder.config)
 
 
 def find_rates(args):
-    """({method: learning rate}, names of the tuning runs, {name: why} of those that failed), tuning what is not tuned."""
+    """({method: learning rate}, names of the tuning runs, {name: why} of those that failed), tuning what is
+    not tuned.
+    """
     if args.no_tuning:
         return {}, [], {}
     planned = tuning_runs(args)

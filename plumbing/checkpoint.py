@@ -3,7 +3,8 @@
     load_pretrained(folder or hub name) -> (Encoder, Tokenizer)
 
 Read in order: load_pretrained says which tensors an encoder needs, the rest gets them off the disk. Only
-tensors are ever loaded, never code. Every function raises ValueError (or FileNotFoundError) with the file's name in it.
+tensors are ever loaded, never code. Every function raises ValueError (or FileNotFoundError) with the file's
+name in it.
 """
 
 import json

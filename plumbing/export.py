@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from data import tiny
 from model import Classifier, Encoder, LoRALinear, add_lora, has_lora, merge_lora
 from plumbing.checkpoint import (check_config, huggingface_names, read_safetensors, read_tokenizer, save_pretrained,
                                  write_safetensors)
-from plumbing.files import read_json, write_text
+from plumbing.files import read_json, write_json, write_text
 
 
 def lora_settings(encoder):
@@ -41,6 +42,26 @@ def save_classifier(folder, model, tokenizer, task, temperature, max_length, dat
                "temperature_reason": temperature_reason, "max_length": max_length,
                "lora": lora_settings(model.encoder), "encoder": asdict(model.encoder.config)}
     write_text(folder / "classifier.json", json.dumps(content, indent=2) + "\n")
+
+
+def save_run(args, model, tokenizer, task, result):
+    """All that a finished run leaves: weights, --export, result.json."""
+    temperature = result["temperature"]
+    save_classifier(args.out, model, tokenizer, task, temperature, args.max_length, args.data,
+                    result["temperature_reason"])
+    if args.export:
+        base = tiny.ENCODER if args.model == "tiny" else args.model
+        export_classifier(args.export, model, tokenizer, task, temperature, args.max_length, base)
+    write_json(args.out / "result.json", result)  # last: a folder that has it is finished
+
+
+def save_unfinished(args, model, tokenizer, task, error):
+    """Keep the best weights of a training that became infinite (NotFinite); the ValueError that says so."""
+    if not error.kept:
+        return ValueError(str(error))
+    save_classifier(args.out, model, tokenizer, task, 1.0, args.max_length, args.data,
+                    "training ended before its last epoch")
+    return ValueError(f"{error}; the best weights before are in {args.out}")
 
 
 def load_classifier(folder):

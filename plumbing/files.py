@@ -1,4 +1,6 @@
-"""Files that are whole or absent: text, JSON, arrays, tensors with a checksum; only tensors are loaded, never code."""
+"""Files that are whole or absent: text, JSON, arrays, tensors with a checksum; only tensors are loaded, never
+code.
+"""
 
 import hashlib
 import io

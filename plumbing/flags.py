@@ -1,4 +1,6 @@
-"""The command line: refusals in one line, defaults by task, the flags of a run that is resumed, exit statuses."""
+"""The command line: refusals in one line, defaults by task, the flags of a run that is resumed, exit
+statuses.
+"""
 
 import argparse
 import errno
@@ -28,8 +30,9 @@ class Failed(Exception):
 
 
 def exit_status(program, work, go_on=lambda: ""):
-    """Call work(). 0, or one line on standard error and 2 for bad input; 1 for a full disk or memory, for a solver
-    that did not converge and for Failed; 130 for an interruption, with go_on() behind that line."""
+    """Call work(). 0, or one line on standard error and 2 for bad input; 1 for a full disk or memory, for a
+    solver that did not converge and for Failed; 130 for an interruption, with go_on() behind that line.
+    """
     try:
         work()
         return 0
@@ -47,7 +50,8 @@ def exit_status(program, work, go_on=lambda: ""):
 
 
 def read(parser, argv=None):
-    """train.py's flags, checked, with defaults filled in; those of the run itself where --resume names one."""
+    """train.py's flags, checked, with defaults filled in; those of the run itself where --resume names one.
+    """
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if not args.resume:
@@ -71,6 +75,28 @@ def read(parser, argv=None):
                          for name, value in config.items() if name in known and value is not False])
     args.out, args.resume, args.threads = folder, folder, threads
     return args
+
+
+def add_common_flags(parser):
+    """Those of files, folders and the machine."""
+    add = parser.add_argument_group("samples").add_argument
+    add("--data-dir", type=Path, metavar="DIR", help="where the files of the paper's data sets lie; python -m "
+        "data.download gets them (default: datasets)")
+    add("--max-length", type=int, default=128, metavar="L", help="cut texts to L tokens (default: 128)")
+    add("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
+    add("--max-test", type=int, metavar="N", help="keep N samples of test and of each OOD split, for every seed "
+        "the same; 0 leaves them alone, as when hyper-parameters are chosen")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=int, default=0, metavar="S", help="of the random head, LoRA, dropout and order; the same "
+        "numbers come out on one machine, on its CPU, with one number of threads (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="auto takes cuda, else mps, else cpu (default: auto)")
+    add("--out", type=Path, metavar="DIR", help="folder for config.json, metrics.jsonl, result.json and the weights; "
+        "must not hold anything yet (default: a new one under runs/)")
+    add("--resume", type=Path, metavar="RUN_DIR", help="go on with the unfinished run in RUN_DIR, with its own "
+        "flags; stands alone")
+    add("--export", type=Path, metavar="DIR", help="also write the result for other tools: a Hugging Face folder "
+        "(LoRA merged), head.safetensors, and with --lora a peft folder, DIR/adapter")
 
 
 def check(parser, args):
@@ -139,8 +165,10 @@ def identity(args):
 
 
 def check_task(args, task, tokenizer, config):
-    """ValueError for text that the encoder cannot read: too long, of too many types, or, for the tiny one, of words
-    that are not of its own language; for classes with too few samples for LP; and for LoRA that is no low-rank update."""
+    """ValueError for text that the encoder cannot read: too long, of too many types, or, for the tiny one, of
+    words that are not of its own language; for classes with too few samples for LP; and for LoRA that is no
+    low-rank update.
+    """
     if args.max_length > config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for {config.max_length} tokens "
                          "at most")
@@ -159,3 +187,16 @@ def check_task(args, task, tokenizer, config):
                          "strength with --lp-inverse-l2")
     if args.lora and args.lora_r > config.hidden_size:
         raise ValueError(f"--lora-r {args.lora_r}: more than the width {config.hidden_size} of {args.model}")
+
+
+def print_configuration(args, task):
+    print("configuration")
+    for name, value in configuration(args).items():
+        if value is not False:  # a flag like --lora is there or not
+            shown = "" if value is True else f"{value}   ({args.why_device})" if name == "device" else value
+            print(f"  --{name.replace('_', '-'):16s}{shown}".rstrip())
+    sizes = ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
+    print(f"  samples           {sizes}\n  classes           {', '.join(task.labels)}")
+    if task.skipped:
+        counts = ", ".join(f"{name} {count}" for name, count in task.skipped.items())
+        print(f"  skipped           rows without text: {counts}")

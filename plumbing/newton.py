@@ -1,9 +1,12 @@
-"""The solver behind linear probing: Newton's method for many convex problems side by side.
+"""The solver behind linear probing: Newton's method for many convex problems side by side, cross-validation.
 
 Shapes: N samples, C classes, k principal axes, K problems (folds).
 """
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 
 def fold_logits(z, theta):
@@ -14,9 +17,10 @@ def fold_logits(z, theta):
 def minimise_logistic(objective, z, strength, penalty, theta, tolerance, on_step=None):
     """K weighted logistic regressions at once, by Newton's method with conjugate gradients.
 
-    `objective` is lpft.lp_objective of one problem: theta (C, k + 1), strength (N,) -> value, gradient. Here are
-    z (N, k + 1), strength (N, K), penalty (k + 1,), start theta (K, C, k + 1). Each problem is convex: its value
-    is minimised until its gradient norm is `tolerance` times that at theta = 0. ArithmeticError if it is not.
+    `objective` is lpft.lp_objective of one problem: theta (C, k + 1), strength (N,) -> value, gradient. Here
+    are z (N, k + 1), strength (N, K), penalty (k + 1,), start theta (K, C, k + 1). Each problem is convex:
+    its value is minimised until its gradient norm is `tolerance` times that at theta = 0. ArithmeticError if
+    it is not.
     """
     def centred(theta):  # softmax is blind to the mean of the bias over classes: what is there is rounding
         theta[:, :, -1] -= theta[:, :, -1].mean(1, keepdim=True)
@@ -79,3 +83,20 @@ def conjugate_gradients(matrix_times, right, diagonal, precision):
         rho, previous = (residual * scaled).sum((1, 2), keepdim=True), rho
         direction = scaled + rho / previous.clamp(min=1e-300) * direction
     return x
+
+
+def cross_validate(objective, z, onehot, penalty, fold_of, strengths, scoring):
+    """Score of each strength, "accuracy" or "log-loss", summed over the held-out parts of the folds, (strengths,).
+
+    `fold_of` (N,) is the fold that holds a sample out; the other arguments are those of minimise_logistic.
+    """
+    held_out = F.one_hot(fold_of).double()  # (N, K)
+    theta, scores = z.new_zeros(held_out.shape[1], onehot.shape[1], z.shape[1]), []  # (K, C, k + 1)
+    for inverse_l2 in tqdm(strengths, desc="LP cross-validation", leave=False):
+        # each solution starts the search for the next, weaker penalty
+        theta = minimise_logistic(objective, z, inverse_l2 * (1 - held_out), penalty, theta, 1e-6)
+        logits = fold_logits(z, theta)  # (N, K, C)
+        score = {"accuracy": (logits.argmax(2) == onehot.argmax(1, keepdim=True)).double(),
+                 "log-loss": (logits.log_softmax(2) * onehot[:, None]).sum(2)}[scoring]  # (N, K)
+        scores.append(((score * held_out).sum(0) / held_out.sum(0)).numpy())  # (K,)
+    return np.array(scores).sum(1)

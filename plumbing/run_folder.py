@@ -72,7 +72,9 @@ class RunState:
         return time.monotonic() - self.opened + self.saved.get("seconds", 0.0)
 
     def restore(self, model, optimizer, schedule):
-        """Put the last saved epoch into these three; (history, weights of the best epoch), ([], None) if none."""
+        """Put the last saved epoch into these three; (history, weights of the best epoch), ([], None) if
+        none.
+        """
         if "weights" not in self.saved:
             return [], None
         model.load_state_dict(self.saved["weights"], strict=False)  # frozen weights are unchanged
@@ -95,7 +97,8 @@ class RunState:
 
 @contextmanager
 def open_run(args):
-    """Hold --out and --export, and choose --device; yields a RunState, or None for a run that is finished already.
+    """Hold --out and --export, and choose --device; yields a RunState, or None for a run that is finished
+    already.
 
     If the run ends well, its state goes; if it fails before anything is saved, so do the folders it made.
     """
@@ -126,6 +129,13 @@ def open_run(args):
         raise
     finally:
         lock.release()
+
+
+def run_in_folder(args, run):
+    """run(args, state) in a folder that it holds alone, unless it is finished already."""
+    with open_run(args) as state:
+        if state:
+            run(args, state)
 
 
 def fingerprint(task, encoder):

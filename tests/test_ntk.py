@@ -13,6 +13,7 @@ from sklearn.model_selection import PredefinedSplit, StratifiedKFold
 import ntk as ntk_file
 from data import encode
 from model import Classifier, LoRALinear, add_lora
+from plumbing import exact
 from plumbing.checkpoint import load_pretrained
 from ntk import (empirical_ntk, ft_ratio, initial_deltas, kernel_regression, kernel_statistics,
                  ntk_by_jacobian, predicted_feature_change, predicted_logit_change)
@@ -284,14 +285,14 @@ def test_the_spot_check_sees_one_missing_layer_where_p_is_large(model, lora, wro
         randomise_lora(model)
     with torch.no_grad():
         model.head.weight *= 1e-3
-    model, check = model.float(), ntk_file.spot_check
+    model, check = model.float(), exact.spot_check
 
     def spoiled(model, batches, N, pretrain, ft):
         row, column = {"first": (0, 0), "last": (N - 1, N - 1), "test": (-1, 0)}[wrong]
         ft[row, :, column] *= 1.01
         check(model, batches, N, pretrain, ft)
 
-    monkeypatch.setattr(ntk_file, "spot_check", spoiled)
+    monkeypatch.setattr(exact, "spot_check", spoiled)
     with pytest.raises(ArithmeticError, match="F and autograd differ"):
         empirical_ntk(model, TRAIN, TEST)
 
@@ -383,7 +384,7 @@ def test_the_gram_product_fills_the_lower_triangle_and_the_rows_of_test_samples(
     """In tiles of 64 to 191 columns, and in float64 where there are few rows: BLAS is less exact there."""
     J = torch.randn(rows + 10, 50_000) + 0.5
     kernel, expected = torch.zeros(rows + 10, rows, dtype=torch.double), J.double() @ J[:rows].double().T
-    ntk_file.add_gram(kernel, J)
+    exact.add_gram(kernel, J)
     assert relative_error(kernel.tril(), expected.tril()) < 3e-7
 
 

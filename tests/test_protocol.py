@@ -12,12 +12,12 @@ import torch.nn.functional as F
 import lpft
 from lab import pretrain
 import train as command
-from data import load_task, tiny, training_batches
+from data import Split, Task, draw_ntk_samples, load_task, tiny, training_batches
 from plumbing.export import lora_settings
 from lpft import fine_tune, predict
 from model import Classifier, Encoder, LoRALinear, add_lora
 from plumbing.checkpoint import load_pretrained
-from train import parse_args, pick_ntk_samples
+from train import parse_args
 
 
 @pytest.fixture(scope="module")
@@ -324,16 +324,18 @@ def test_the_ft_stage_gets_its_splits_and_the_flags_of_the_command(random_folder
 
 
 def test_samples_of_the_kernel_are_by_seed_of_train_and_of_test_or_else_of_val():
-    labels = {"train": torch.arange(200) % 2, "val": torch.arange(90) % 2, "test": torch.arange(100) % 2}
-    first, again, other = (pick_ntk_samples(50, seed, labels, ["no", "yes"]) for seed in (1, 1, 2))
+    splits = {name: Split([([5], [0], i % 2) for i in range(size)], 0)
+              for name, size in (("train", 200), ("val", 90), ("test", 100))}
+    task = Task(splits, ["no", "yes"])
+    first, again, other = (draw_ntk_samples(50, seed, task) for seed in (1, 1, 2))
     assert list(first) == ["train", "test"]
     for split in first:
         assert (first[split] == again[split]).all() and (first[split] != other[split]).any()
-        assert len({*first[split].tolist()}) == 50 and max(first[split]) < len(labels[split])
+        assert len({*first[split].tolist()}) == 50 and max(first[split]) < len(splits[split])
         assert list(first[split]) != sorted(first[split])  # kernel regression deals its folds in this order
-    del labels["test"]
-    assert list(pick_ntk_samples(50, 1, labels, ["no", "yes"])) == ["train", "val"]
-    assert len(pick_ntk_samples(250, 1, labels, ["no", "yes"])["val"]) == 90  # all there are
+    del splits["test"]
+    assert list(draw_ntk_samples(50, 1, task)) == ["train", "val"]
+    assert len(draw_ntk_samples(250, 1, task)["val"]) == 90  # all there are
 
 
 # ------------------------------------------------------------------------------------ LoRA
