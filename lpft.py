@@ -111,16 +111,13 @@ def stratified_folds(labels, folds=5):
     dealt = np.concatenate([labels[labels == c] for c in classes])  # (N,), sorted
     fold_of = np.empty(len(labels), dtype=int)
     for c in classes:
-        per_fold = [(dealt[fold::folds] == c).sum() for fold in range(folds)]
-        fold_of[labels == c] = np.repeat(np.arange(folds), per_fold)
+        fold_of[labels == c] = np.repeat(range(folds), [(dealt[f::folds] == c).sum() for f in range(folds)])
     return torch.from_numpy(fold_of)
 
 
 def set_head(model, probe):
     """Make V and b of `probe` the classifier's head, in place: where LP ends and LP-FT starts."""
-    with torch.no_grad():
-        model.head.weight.copy_(probe.weight)
-        model.head.bias.copy_(probe.bias)
+    model.head.load_state_dict({"weight": probe.weight, "bias": probe.bias})
 
 
 # ---------------------------------------------------------------------------- the FT stage
@@ -153,13 +150,11 @@ def accuracy(logits, labels):
 
 
 def matthews(logits, labels):
-    """Matthews correlation of predictions with labels, for any number of classes; 0 for a constant one.
+    """Matthews correlation of predictions with labels, for any number of classes: 1 is perfect, 0 is chance.
 
-    The correlation of the two indicator matrices: cov(x, y) / sqrt(cov(x, x) cov(y, y)), where cov sums over
-    classes. 1 is perfect, 0 is chance, whatever the shares of the classes (CoLA's metric).
+    Of the two indicator matrices: cov(x, y) / sqrt(cov(x, x) cov(y, y)), where cov sums over classes.
     """
-    C = logits.shape[1]
-    x, y = (F.one_hot(i, C).double() for i in (logits.argmax(1), labels))  # (N, C)
+    x, y = (F.one_hot(i, logits.shape[1]).double() for i in (logits.argmax(1), labels))  # (N, C)
     x, y = x - x.mean(0), y - y.mean(0)
     spread = float((x.square().sum() * y.square().sum()).sqrt())
     return float((x * y).sum()) / spread if spread else 0.0
@@ -283,10 +278,10 @@ def why_no_temperature(logits, labels):
 def fit_temperature(logits, labels):
     """The temperature T > 0 that minimises the mean cross-entropy of logits / T (paper Sec. 4.6).
 
-    logits (N, C), labels (N,). Dividing by T is dividing V and b by T: no prediction changes. The search is over
-    log T, and ends where the slope d loss / d log T is below 1e-6. T is 1 where there is no minimum, and if the
-    loss at the end is above that of T = 1. ValueError for logits that are infinite or NaN, ArithmeticError if the
-    search did not converge.
+    logits (N, C), labels (N,). Dividing by T is dividing V and b by T: no prediction changes. The search is
+    over log T, and ends where the slope d loss / d log T is below 1e-6. T is 1 where there is no minimum, and
+    if the loss at the end is above that of T = 1. ValueError for logits that are infinite or NaN,
+    ArithmeticError if the search did not converge.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()  # (N, C), (N,)
     # Search from logits of unit spread: then every scale of logits is equally easy.
@@ -310,7 +305,7 @@ def fit_temperature(logits, labels):
     closure()
     temperature, slope = scale * math.exp(log_t.item()), log_t.grad.item()
     if not abs(slope) < 1e-6:
-        raise ArithmeticError(f"temperature scaling did not converge: slope {slope:.1e} at T = {temperature:.4g}")
+        raise ArithmeticError(f"the temperature did not converge: slope {slope:.1e} at T = {temperature:.4g}")
     worse = F.cross_entropy(logits / temperature, labels) > F.cross_entropy(logits, labels)
     return 1.0 if worse else temperature
 
@@ -318,11 +313,10 @@ def fit_temperature(logits, labels):
 def calibration_error(logits, labels, bins=15):
     """(ECE, MCE) of softmax(logits), both between 0 and 1 (paper Table 3).
 
-    Samples are sorted into equal bins by confidence, the largest probability; bin m is ((m - 1) / bins, m / bins].
-    ECE is the mean over samples, MCE the maximum over bins, of |accuracy - confidence| in the bin.
+    Samples are sorted into equal bins by confidence, the largest probability; bin m is ((m - 1) / bins, m /
+    bins]. ECE is the mean over samples, MCE the maximum over bins, of |accuracy - confidence| in the bin.
     """
-    probs = logits.detach().cpu().double().softmax(1)  # (N, C)
-    confidence, prediction = probs.max(1)  # (N,), (N,)
+    confidence, prediction = logits.detach().cpu().double().softmax(1).max(1)  # (N,), (N,)
     correct = (prediction == labels.cpu()).double()
     inner_edges = torch.linspace(0, 1, bins + 1, dtype=torch.double)[1:-1]  # (bins - 1,)
     bin_of = torch.bucketize(confidence, inner_edges)  # (N,): right=False closes bins above
@@ -345,7 +339,6 @@ def feature_statistics(features, features_0, labels):
     labels (N,). Undefined values (one sample, no spread within the classes) are NaN or infinite.
     """
     features, features_0, labels = features.cpu().double(), features_0.cpu().double(), labels.cpu()
-    n = len(features)
     unit = F.normalize(features, dim=1)  # (N, h)
     # sum over pairs i != j of <u_i, u_j> = ||sum_i u_i||^2 - sum_i ||u_i||^2
     pair_sum = unit.sum(0).square().sum() - unit.square().sum()
@@ -354,6 +347,6 @@ def feature_statistics(features, features_0, labels):
     means = onehot.T @ features / count.clamp(min=1).unsqueeze(1)  # (C, h)
     between = (count * (means - features.mean(0)).square().sum(1)).sum()
     within = (features - means[labels]).square().sum()
-    return {"cs": float(pair_sum / (n * (n - 1))) if n > 1 else math.nan,
+    return {"cs": float(pair_sum / (n * (n - 1))) if (n := len(features)) > 1 else math.nan,
             "diff": float((features - features_0).norm(dim=1).mean()), "fdr": float(between / within),
             "norm": float(features.norm(dim=1).mean())}

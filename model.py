@@ -1,14 +1,11 @@
 """The Transformer encoder, the classifier on top of it, and LoRA.
 
-One architecture serves twice: as the small encoder that `lab/pretrain.py` trains, and as BERT or
-RoBERTa read from a Hugging Face folder. Post-LayerNorm, learned positions, exact GELU.
+One architecture is the tiny encoder and BERT or RoBERTa: post-LayerNorm, learned positions, exact GELU.
 
     f(x) = V phi(x) + b      V is `head.weight`, b is `head.bias`, phi(x) is `features`
 
-phi(x) is the last hidden state of the first token: no pooler, no tanh. Read in order: Encoder,
-Classifier, LoRALinear.
-
-Shapes: N samples, L tokens, C classes, h hidden width, r LoRA rank.
+phi(x) is the last hidden state of the first token: no pooler, no tanh. Read in order: Encoder, Classifier,
+LoRALinear. Shapes: N samples, L tokens, C classes, h hidden width, r LoRA rank.
 """
 
 import copy
@@ -60,9 +57,13 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, asking, x, mask):
-        """What the tokens `asking` (N, 1 or L, h) learn from all tokens x (N, L, h)."""
-        query = self.split_heads(self.query(asking))  # (N, heads, 1 or L, h / heads)
+    def forward(self, query_input, x, mask):
+        """What the tokens query_input (N, 1 or L, h) learn from all tokens x (N, L, h): (N, 1 or L, h).
+
+        Queries, keys and values are cut into heads of width h / heads. mask (N, 1, 1, L) is True on tokens,
+        False on padding, which gets no weight. In training, weights are dropped out after the softmax.
+        """
+        query = self.split_heads(self.query(query_input))  # (N, heads, 1 or L, h / heads)
         key = self.split_heads(self.key(x))  # (N, heads, L, h / heads)
         value = self.split_heads(self.value(x))  # (N, heads, L, h / heads)
         dropout = self.dropout if self.training else 0.0
@@ -87,9 +88,9 @@ class Layer(nn.Module):
 
     def forward(self, x, mask, first_token_only=False):
         # contiguous: else PyTorch's choice of matrix product, and so rounding, depends on what trains
-        asking = x[:, :1].contiguous() if first_token_only else x  # (N, 1 or L, h)
-        attended = self.attention(asking, x, mask)
-        x = self.attention_norm(asking + self.dropout(attended))
+        query_input = x[:, :1].contiguous() if first_token_only else x  # (N, 1 or L, h)
+        attended = self.attention(query_input, x, mask)
+        x = self.attention_norm(query_input + self.dropout(attended))
         transformed = self.ffn_out(F.gelu(self.ffn_in(x)))
         return self.ffn_norm(x + self.dropout(transformed))
 
@@ -131,9 +132,8 @@ class Encoder(nn.Module):
         x = self.word_embeddings(input_ids) + self.position_embeddings(
             self.position_ids(input_ids, attention_mask))  # (N, L, h)
         if self.config.type_vocab_size:
-            if token_type_ids is None:
-                token_type_ids = torch.zeros_like(input_ids)
-            x = x + self.token_type_embeddings(token_type_ids)
+            types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            x = x + self.token_type_embeddings(types)
         return self.dropout(self.embedding_norm(x))
 
     def position_ids(self, input_ids, attention_mask):
@@ -185,8 +185,8 @@ class Classifier(nn.Module):
 class LoRALinear(nn.Module):
     """W = W_0 + (lora_alpha / r) B A, with W_0 frozen (Sec. 2 of the LoRA paper; here Prop. 4.4).
 
-    lora_A is (r, in), drawn as nn.Linear draws its weights; lora_B is (out, r) and starts at zero,
-    so the layer starts as W_0. train() and eval() never touch the weights.
+    lora_A is (r, in), drawn as nn.Linear draws its weights; lora_B is (out, r) and starts at zero, so the
+    layer starts as W_0. train() and eval() never touch the weights.
     """
 
     def __init__(self, linear, r, lora_alpha):
@@ -201,6 +201,7 @@ class LoRALinear(nn.Module):
         self.train(linear.training)
 
     def forward(self, x):
+        """W_0 x + bias + (lora_alpha / r) B A x: (..., in) to (..., out), without forming B A."""
         return self.linear(x) + self.scaling * self.lora_B(self.lora_A(x))
 
     def merged(self):

@@ -4,16 +4,16 @@
     P = (<phi(x), phi(x')> + 1) I_C                           the head's part, NTK.pretrain
     F = V (dphi(x)/dtheta_phi) (dphi(x')/dtheta_phi)^T V^T    the encoder's part, NTK.ft
 
-over the parameters that require a gradient, at their present values, dropout off. Read in order: the definition,
-ntk_by_jacobian; the same numbers for a real encoder, one block at a time, empirical_ntk; the three layer kernels
-that are its inner loop; what the paper measures.
+over the parameters that require a gradient, at their present values, dropout off. Read in order: the
+definition, ntk_by_jacobian; the same numbers for a real encoder, one block at a time, empirical_ntk; the
+three layer kernels that are its inner loop; what the paper measures.
 
 Under LoRA theta_phi is A and B alone. LoRA starts at B = 0, and F is not zero there: A has no gradient yet,
 because it reaches the output through B, but B has one, so F at the start is B's kernel alone.
 
-Shapes: N training samples, M test samples, R = N + M, n samples of a batch, L tokens, C classes, h width, r rank
-of V, p parameters; T positions, in and out are of one layer. A kernel is (N, C, N, C), the paper's NC x NC matrix
-once reshaped; test kernels are (M, C, N, C).
+Shapes: N training samples, M test samples, R = N + M, n samples of a batch, L tokens, C classes, h width, r
+rank of V, p parameters; T positions, in and out are of one layer. A kernel is (N, C, N, C), the paper's NC x
+NC matrix once reshaped; test kernels are (M, C, N, C).
 """
 
 from collections import defaultdict
@@ -317,24 +317,19 @@ def kernel_statistics(kernel):
 def kernel_regression(train_kernel, train_labels, test_kernel, test_labels):
     """Table 2's kernel regression: L2 logistic regression on kernel rows, one row per sample and logit.
 
-    Row (i, c) of the NC x NC matrix is the input, its target is whether c is the label of sample i.
-    Returns a dict: train_accuracy and test_accuracy of classes (the logit with the highest score),
-    train_logit_accuracy and test_logit_accuracy of the single decisions, and inverse_l2, chosen by
-    5-fold cross-validation in which a sample is never split. The kernel is divided by its mean
-    diagonal first, so that one grid of strengths serves P, F and Theta.
+    Row (i, c) of the NC x NC matrix is the input, its target is whether c is the label of sample i. Returns a
+    dict: train_accuracy, test_accuracy of classes (the logit with the highest score), train_logit_accuracy,
+    test_logit_accuracy of the single decisions, and inverse_l2, chosen by 5-fold cross-validation in which a
+    sample is never split. Kernels are divided by the mean diagonal: one grid of strengths serves them all.
     """
-    C = train_kernel.shape[1]
-    rows = train_kernel.flatten(2).flatten(0, 1)  # (N C, N C)
-    test_rows = test_kernel.flatten(2).flatten(0, 1)  # (M C, N C)
+    C, rows = train_kernel.shape[1], train_kernel.flatten(2).flatten(0, 1)  # (N C, N C)
     scale = float(rows.diagonal().mean()) or 1.0  # 0: F of a head V = 0
-    targets = [F.one_hot(labels, C).flatten() for labels in (train_labels, test_labels)]
-    probe = fit_linear_probe(rows / scale, targets[0], 2,
+    probe = fit_linear_probe(rows / scale, F.one_hot(train_labels, C).flatten(), 2,
                              fold_of=stratified_folds(train_labels).repeat_interleave(C))
-    found = {"inverse_l2": probe.inverse_l2}
-    for name, x, labels, target in (("train", rows, train_labels, targets[0]),
-                                    ("test", test_rows, test_labels, targets[1])):
-        logits = x / scale @ probe.weight.T + probe.bias  # (N C, 2): no, yes
-        score = logits[:, 1] - logits[:, 0]
-        found[f"{name}_accuracy"] = float((score.view(-1, C).argmax(1) == labels).double().mean())
-        found[f"{name}_logit_accuracy"] = float(((score > 0) == (target == 1)).double().mean())
-    return found
+    result = {"inverse_l2": probe.inverse_l2}
+    for name, kernel, labels in (("train", train_kernel, train_labels), ("test", test_kernel, test_labels)):
+        logits = kernel.flatten(2) / scale @ probe.weight.T + probe.bias  # (N or M, C, 2): no, yes
+        score, target = logits[:, :, 1] - logits[:, :, 0], F.one_hot(labels, C)  # (N or M, C)
+        result[f"{name}_accuracy"] = float((score.argmax(1) == labels).double().mean())
+        result[f"{name}_logit_accuracy"] = float(((score > 0) == (target == 1)).double().mean())
+    return result

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 import ntk
 from data import draw_ntk_samples, load_task, read_task, tiny
-from data.corpora import CORPORA
 from lpft import (METRICS, NotFinite, accuracy, best_epoch, calibration_error, feature_statistics, fine_tune,
                   fit_linear_probe, fit_temperature, logits_of, predict, set_head, why_no_temperature)
 from model import Classifier, add_lora, count_parameters
@@ -28,24 +27,22 @@ from plumbing import checkpoint, devices, exact, export, files, flags, run_folde
 
 def parse_args(argv=None):
     """The flags, with every default filled in; meaningless ones end in one line and status 2."""
-    parser = flags.Parser("train.py", epilog="Example: python train.py --method lpft --lora", description=(
-        "Train a text classifier by linear probing (lp), fine-tuning (ft) or linear probing then fine-tuning "
-        "(lpft), and measure accuracy, features, calibration."))
-    add = parser.add_argument_group("method").add_argument
-    add("--method", choices=("lp", "ft", "lpft"), default="lpft", help="lp: fit the head on frozen features; "
-        "ft: train everything from a random head; lpft: lp, then ft from its head (default: lpft)")
+    parser = flags.Parser("train.py", epilog="Example: python train.py --method lpft --lora",
+                          description="Train a text classifier; measure accuracy, features and calibration.")
+    add = parser.add_argument_group("method, model and task").add_argument
+    add("--method", choices=("lp", "ft", "lpft"), default="lpft", help="lp, linear probing: fit the head on "
+        "frozen features; ft, fine-tuning: train all from a random head; lpft: ft from lp's head (default: lpft)")
     add("--lora", action="store_true", help="in the FT stage train low-rank updates of the query and value "
         "projections instead of the whole encoder")
     add("--lora-r", type=int, metavar="R", help="rank of the updates (default: 8)")
     add("--lora-alpha", type=float, metavar="A", help="updates are scaled by A / R (default: 8)")
     add("--lp-scoring", choices=("accuracy", "log-loss"), help="chooses LP's penalty (default: accuracy)")
     add("--lp-inverse-l2", type=float, metavar="C", help="fix LP's penalty (scikit-learn's C)")
-    add = parser.add_argument_group("model and task").add_argument
     add("--model", default="tiny", metavar="{tiny,DIR,HUB}", help="tiny: the one in data/tiny_encoder; or "
         "a folder with a BERT or RoBERTa checkpoint; or its name on the Hugging Face hub (default: tiny)")
     add("--data", default="tiny", metavar="{tiny,tiny-plain,NAME,DIR}", help="an embedded task; or one of "
-        f"the paper's, {', '.join(CORPORA)}; or a folder with train, maybe val, test, ood_NAME, each .tsv, .csv "
-        "or .jsonl with text (or text_a, text_b) and label (default: tiny)")
+        f"the paper's, {', '.join(flags.CORPORA)}; or a folder with train, maybe val, test, ood_NAME, each "
+        ".tsv, .csv or .jsonl with text (or text_a, text_b) and label (default: tiny)")
     add = parser.add_argument_group("FT stage (defaults by method, model and data are printed)").add_argument
     add("--epochs", type=int, metavar="N", help="the best on validation is kept (default: 10)")
     add("--batch-size", type=int, metavar="N", help="samples per step")
@@ -210,10 +207,7 @@ def ft_stage(args, model, tokenizer, task, state, lp_record):
 
 
 def evaluate(model, task, features_0, frozen=False):
-    """Accuracy, features, calibration on every test split; the temperature comes from val.
-
-    `features_0` {split: phi_0}; of a `frozen` encoder these are its features still.
-    """
+    """Accuracy, features, calibration on every test split; T is from val. frozen: features are features_0."""
     def outcome(name):  # features (N, h), logits (N, C)
         if frozen:
             return features_0[name], logits_of(model, features_0[name])
@@ -235,8 +229,8 @@ def evaluate(model, task, features_0, frozen=False):
         result["features_pretrained"][name] = feature_statistics(features_0[name], features_0[name], labels)
         ece, mce = calibration_error(logits, labels)
         ece_scaled, mce_scaled = calibration_error(logits / temperature, labels)
-        result["calibration"][name] = {"ece": ece, "mce": mce,
-                                       "ece_scaled": ece_scaled, "mce_scaled": mce_scaled}
+        result["calibration"][name] = {"ece": ece, "ece_scaled": ece_scaled,
+                                       "mce": mce, "mce_scaled": mce_scaled}  # in the order of the table
     return result
 
 
@@ -246,9 +240,8 @@ def print_table(args, result):
     titles = [*scores, "ECE", "ECE/T", "MCE", "MCE/T", "CS(F)", "Diff(F)", "FDR(F)", "Norm(F)"]
     print("\n" + " " * 12 + "".join(f"{title:>9s}" for title in titles))
     for name in result["accuracy"]:
-        numbers = [result[score][name] for score in scores]
-        numbers += [result["calibration"][name][key] for key in ("ece", "ece_scaled", "mce", "mce_scaled")]
-        numbers += [result["features"][name][key] for key in ("cs", "diff", "fdr", "norm")]
+        numbers = [result[score][name] for score in scores] + [*result["calibration"][name].values()]
+        numbers += result["features"][name].values()
         print(f"{name[:11]:12s}" + "".join(f"{x:9.3f}" if x < 1e4 else f"{x:9.1e}" for x in numbers))
     if not result["accuracy"]:
         print("no test split: only validation accuracy is known")

@@ -80,7 +80,9 @@ class Split:
         return batch, self.labels[indices]
 
     def batches(self, indices, batch_size):
-        """(batches of these samples, by length so that padding is little; where each sample is in them, (N,))."""
+        """(batches of these samples, by length so that padding is little; where each sample is in them,
+        (N,)).
+        """
         order = evaluation_batches(self.lengths[indices], batch_size)
         return [self.batch(indices[part])[0] for part in order], np.concatenate(order).argsort()
 
@@ -230,7 +232,8 @@ def draw_train(rows, max_train, seed):
 
 
 def draw_ntk_samples(count, seed, task):
-    """{split: indices} of kernel samples, drawn with `seed`, in random order: of train, and of test or else val.
+    """{split: indices} of kernel samples, drawn with `seed`, in random order: of train, and of test or else
+    val.
 
     ValueError where a class has fewer than 5 of the training samples: kernel regression cross-validates.
     """
