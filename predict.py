@@ -32,7 +32,7 @@ CHUNK = 10_000  # lines; sorted by length within, so that batches hold little pa
 def parse_args(argv=None):
     parser = Parser("predict.py", description="Classify lines of text with a finished run of train.py.",
                     epilog="Example: echo 'the screen was good .' | python predict.py RUN_DIR")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's folder, as train.py printed it")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder that train.py printed")
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE",
                         help="UTF-8, one sample a line; the two texts of a pair with a tab between (default: "
                              "standard input)")
@@ -76,13 +76,14 @@ def run(args):
     model, tokenizer, settings = load_classifier(args.run_dir)
     model.to(choose_device(args.device)[0])
     if settings["data"] in ("wic", "wsc", "pubmed20k"):
-        tqdm.write(f"trained on {settings['data']}: give texts as data/corpora.py builds them", file=sys.stderr)
+        tqdm.write(f"trained on {settings['data']}: give texts as data/corpora.py builds them", sys.stderr)
     if settings["temperature_reason"]:
         tqdm.write(f"predict.py: T is 1, not fitted: {settings['temperature_reason']}", file=sys.stderr)
     if sys.stdout is None or args.file is None and sys.stdin is None:
         raise ValueError("standard input or output is closed")
     if args.file is not None and (args.file.is_dir() or not args.file.exists()):
-        raise ValueError(f"{args.file}: {'is a folder' if args.file.is_dir() else 'no such file'}; expected a file of texts")
+        what = "is a folder" if args.file.is_dir() else "no such file"
+        raise ValueError(f"{args.file}: {what}; expected a file of texts")
     lines = sys.stdin.buffer if args.file is None else open(args.file, "rb")
     rows = read_texts(lines, "standard input" if args.file is None else args.file, settings["pairs"])
     labels = settings["labels"]

@@ -133,7 +133,8 @@ def read_task(name_or_directory, data_dir=None):
     labels, metric = None, "accuracy"
     if name_or_directory in tiny.TRAIN_SIZES:
         labels = {name: name for name in tiny.LABELS}
-        sources = {split: partial(tiny_rows, samples) for split, samples in tiny.load(name_or_directory).items()}
+        texts = tiny.load(name_or_directory)
+        sources = {split: partial(tiny_rows, samples) for split, samples in texts.items()}
     elif name_or_directory in corpora.CORPORA:
         corpus = corpora.CORPORA[name_or_directory]
         labels, metric = corpus.labels, corpus.metric
@@ -142,7 +143,7 @@ def read_task(name_or_directory, data_dir=None):
         sources = readers.folder_sources(Path(name_or_directory))
     rows, skipped = {}, {}
     for split, source in sources.items():
-        everything = list(source())  # of (where, text_a, text_b or None, label); text_a is None in a row to skip
+        everything = list(source())  # (where, text_a, text_b or None, label); text_a is None: skip
         rows[split] = [row for row in everything if row[1] is not None]
         if len(rows[split]) < len(everything):
             skipped[split] = len(everything) - len(rows[split])
@@ -152,8 +153,8 @@ def read_task(name_or_directory, data_dir=None):
         readers.refuse_typos(rows["train"])
         labels = {name: name for name in readers.sort_labels({label for *_, label in rows["train"]})}
     if len(labels) < 2:
-        raise ValueError(f"{rows['train'][-1][0]}: the end of the file; {[*labels][0]!r} is its only label, expected two "
-                         "or more")
+        raise ValueError(f"{rows['train'][-1][0]}: the end of the file; {[*labels][0]!r} is its only label, "
+                         "expected two or more")
     pairs = rows["train"][0][2] is not None
     splits = {split: check_rows(rows[split], labels, pairs) for split in rows}
     if "val" not in splits:
@@ -174,8 +175,8 @@ def check_rows(rows, labels, pairs):
     index, checked = {label: i for i, label in enumerate(labels)}, []
     for where, text_a, text_b, label in rows:
         if (text_b is not None) != pairs:
-            raise ValueError(f"{where}: {'one text' if pairs else 'two texts'}, where the first training row has "
-                             f"{'two' if pairs else 'one'}")
+            raise ValueError(f"{where}: {'one text' if pairs else 'two texts'}, where the first training row "
+                             f"has {'two' if pairs else 'one'}")
         if label not in index:
             raise ValueError(f"{where}: label {label[:60]!r}; expected one of {readers.listing(labels)}")
         checked.append((text_a, text_b, index[label]))
@@ -186,15 +187,17 @@ def last_tenth(rows, where, names):
     """(rows for training, the last tenth for validation); `where` is the last row, for the message."""
     kept = len(rows) - len(rows) // 10
     if len({index for *_, index in rows[kept:]}) < 2:
-        why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more, or a val file"
+        why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more, or a "
+               "val file"
                if len(rows) < 20 else
-               f"all of the last tenth of the {len(rows)} rows, to be validation, is {names[rows[-1][2]]}; put the "
-               "rows in random order or add a val file")
+               f"all of the last tenth of the {len(rows)} rows, to be validation, is {names[rows[-1][2]]}; "
+               "put the rows in random order or add a val file")
         raise ValueError(f"{where}: the end; there is no val file, and {why}")
     return rows[:kept], rows[kept:]
 
 
-def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0, max_test=None):
+def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0,
+              max_test=None):
     """A Task by name (tiny, tiny-plain, or one of corpora.CORPORA below data_dir), or of a folder.
 
     max_train keeps that many training samples, drawn with `seed`, in their original order; max_test as many
@@ -225,9 +228,10 @@ def draw_train(rows, max_train, seed):
     train = draw(rows.splits["train"], max_train, seed)
     missing = set(range(len(rows.labels))) - {index for *_, index in train}
     if missing:
-        raise ValueError(f"{rows.name}: the {len(train)} training samples" + f" drawn with seed {seed}" * bool(max_train)
-                         + f" have no {readers.listing([rows.labels[i] for i in sorted(missing)])}; every class needs "
-                         "samples there")
+        names = readers.listing([rows.labels[i] for i in sorted(missing)])
+        how = f" drawn with seed {seed}" * (max_train is not None)
+        raise ValueError(f"{rows.name}: the {len(train)} training samples{how} have no {names}; every class "
+                         "needs samples there")
     return train
 
 
@@ -243,8 +247,8 @@ def draw_ntk_samples(count, seed, task):
     counts = task.splits["train"].labels[drawn["train"]].bincount(minlength=len(task.labels))
     if counts.min() < 5:
         raise ValueError(f"--ntk {count}: the {counts.sum()} training samples drawn with seed {seed} have "
-                         f"{counts.min()} of class {task.labels[counts.argmin()]}; kernel regression needs 5 of each, "
-                         "so a larger N or more data")
+                         f"{counts.min()} of class {task.labels[counts.argmin()]}; kernel regression needs 5 "
+                         "of each, so a larger N or more data")
     return drawn
 
 

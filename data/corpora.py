@@ -69,7 +69,8 @@ def plain_rows(path, columns, header):
             raise ValueError(f"{where}: {len(cells)} columns; expected {len(columns)}: {', '.join(columns)}")
         if number == 1 and header:
             if cells != columns:
-                raise ValueError(f"{where}: the header is {readers.listing(cells)}; expected {', '.join(columns)}")
+                raise ValueError(f"{where}: the header is {readers.listing(cells)}; expected "
+                                 f"{', '.join(columns)}")
             continue
         yield where, dict(zip(columns, cells))
 

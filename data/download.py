@@ -71,8 +71,8 @@ def download(name, data_dir, sources=SOURCES):
         print(f"{name}: already in {folder}")
         return
     if corpus.by_hand:
-        raise ValueError(f"{name}: its publishers give no address that a program can fetch; {corpus.by_hand}; put "
-                         f"these into {folder}")
+        raise ValueError(f"{name}: its publishers give no address for a program; {corpus.by_hand}; "
+                         f"put these into {folder}")
     source = sources[name]
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,8 @@ def download(name, data_dir, sources=SOURCES):
                 raise ValueError(f"{url}: {corpus.files[split]} is not as expected: "
                                  f"{str(error).removeprefix(f'{path}, ')}") from None
             if found != source.rows[split]:
-                raise ValueError(f"{url}: {corpus.files[split]} has {found} rows; expected {source.rows[split]}")
+                raise ValueError(f"{url}: {corpus.files[split]} has {found} rows; expected "
+                                 f"{source.rows[split]}")
         for split, path in fetched.items():
             (folder / absent[split]).parent.mkdir(parents=True, exist_ok=True)
             path.replace(folder / absent[split])

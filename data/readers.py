@@ -31,8 +31,8 @@ def folder_sources(folder):
     """{split: function that yields the rows of its file}; see the module for the layout."""
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "no such folder"
-        raise FileNotFoundError(f"{folder}: {what}; --data takes the name of a task (see --help) or a folder with "
-                                "train.tsv, train.csv or train.jsonl")
+        raise FileNotFoundError(f"{folder}: {what}; --data takes the name of a task (see --help) or a folder "
+                                "with train.tsv, train.csv or train.jsonl")
     paths = find_files(folder)
     if is_superglue(paths["train"]) and "val" in paths and not has_labels(paths.get("test")):
         paths["test"] = paths.pop("val")
@@ -46,8 +46,8 @@ def find_files(folder):
         name = path.stem.removeprefix("ood_")
         ood = name != path.stem and name not in SPLITS.values() and re.fullmatch(r"[\w-]+", name)
         if not (path.stem in SPLITS or ood) or path.suffix not in FORMATS:
-            raise ValueError(f"{path}: not a name that is read; expected train, val, test or ood_NAME (NAME of "
-                             "letters, digits, _ and -) with .tsv, .csv or .jsonl")
+            raise ValueError(f"{path}: not a name that is read; expected train, val, test or ood_NAME (NAME "
+                             "of letters, digits, _ and -) with .tsv, .csv or .jsonl")
         split = SPLITS.get(path.stem, name)
         if split in paths:
             raise ValueError(f"{path}: a second file for the split {split}; the first is {paths[split].name}")
@@ -125,7 +125,8 @@ def label_of(where, row):
 def listing(names):
     """Names for a message of one line."""
     names = [name if name.isprintable() else repr(name) for name in map(str, names)]
-    return ", ".join(name[:40] for name in names[:8]) + f" and {len(names) - 8} more" * (len(names) > 8) or "none"
+    more = f" and {len(names) - 8} more" * (len(names) > 8)
+    return ", ".join(name[:40] for name in names[:8]) + more or "none"
 
 
 def read_lines(path):
@@ -187,8 +188,8 @@ def read_table(path):
                     raise ValueError(f"{where}: the header has two columns {twice[0][:60]!r}")
                 continue
             if tabs and any("\t" in cell for cell in cells):
-                raise ValueError(f"{where}: a cell in quotes holds a tab, or its quote is never closed; put a "
-                                 "space for the tab, double a quote that is text, or use .jsonl")
+                raise ValueError(f"{where}: a cell in quotes holds a tab, or its quote is never closed; put "
+                                 "a space for the tab, double a quote that is text, or use .jsonl")
             if len(cells) != len(header):
                 raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)}")
             yield where, dict(zip(header, cells))
@@ -214,8 +215,8 @@ def refuse_typos(rows):
         for other in get_close_matches(label.lower(), often, cutoff=0.85) if counts[label] == 1 else ():
             if re.findall(r"\d+", label) == re.findall(r"\d+", other):
                 raise ValueError(f"{where}: label {label[:60]!r} occurs once, of the text {text[:60]!r}, and "
-                                 f"{often[other][:60]!r} {counts[often[other]]} times; correct it, or, if it is a class "
-                                 "of its own, add rows of it")
+                                 f"{often[other][:60]!r} {counts[often[other]]} times; correct it, or, if it "
+                                 "is a class of its own, add rows of it")
 
 
 def sort_labels(labels):

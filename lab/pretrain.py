@@ -146,8 +146,8 @@ def check_polarity(encoder, tokenizer, settings):
     reached = accuracy(predict(classifier, val)[1], val.labels)
     if reached < settings.gate:
         raise PolarityNotLearnt(
-            f"the tiny encoder has not learnt polarity: a linear probe reaches {reached:.3f} on validation, the gate "
-            f"is {settings.gate}; nothing was written. Another --seed may pass it")
+            f"the tiny encoder has not learnt polarity: a linear probe reaches {reached:.3f} on validation, "
+            f"the gate is {settings.gate}; nothing was written. Another --seed may pass it")
     print(f"gate passed: a linear probe reads polarity with accuracy {reached:.3f} (needed: {settings.gate})")
 
 

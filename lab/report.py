@@ -69,8 +69,8 @@ def complete_seeds(results, most, runs=tuple(METHODS)):
     """The seeds from 1 to `most` of which every one of `runs` is finished; ValueError if they are not two."""
     seeds = [seed for seed in range(1, most + 1) if all(f"{name}-seed{seed}" in results for name in runs)]
     if len(seeds) < 2:
-        raise ValueError(f"{len(seeds)} of {most} seeds have a finished run of each of {', '.join(runs)}; expected "
-                         "two or more")
+        raise ValueError(f"{len(seeds)} of {most} seeds have a finished run of each of {', '.join(runs)}; "
+                         "expected two or more")
     return seeds
 
 
@@ -213,16 +213,16 @@ def number(x):
 
 TUNING = "Tuning: validation score by learning rate"
 READING = (
-    "How to read it. V is the head's weight, phi the features (the encoder's output for the first token). CS(F) is the "
-    "mean cosine similarity of the features of two texts, Diff(F) how far features moved from the pre-trained ones, "
-    "FDR(F) Fisher's ratio of the spread between classes to that within, Norm(F) their mean length; Norm(C) and Diff(C) "
-    "are ||V|| and how far V moved in the FT stage (in LP, from 0). Theta = P + F is the neural tangent kernel of N "
-    "training samples and C classes, an NC x NC matrix: P the head's part, F the encoder's. Its rank counts singular "
-    "values above 1.2e-7 NC times the largest, float32's rounding. FT ratio is the length of F's part of the first step "
-    "over that of the whole step. Kernel regression is scored by class, and per logit: on each of the C yes-or-no "
-    "decisions about a text. ECE and MCE are the mean and the largest gap between confidence and accuracy (claim 7 goes "
-    "by ECE: MCE is the gap of one bin, often of few texts), T the temperature that logits are divided by. An empty "
-    "cell: the method has no such number, or not in every seed. ± 0 over seeds: nothing in the run depends on the seed.")
+    "How to read it. V is the head's weight, phi the features (the encoder's output for the first token). "
+    "CS(F) is the mean cosine similarity of the features of two texts, Diff(F) how far features moved from "
+    "the pre-trained ones, FDR(F) Fisher's ratio of the spread between classes to that within, Norm(F) their "
+    "mean length; Norm(C) and Diff(C) are ||V|| and how far V moved in the FT stage (in LP, from 0). Theta = "
+    "P + F is the neural tangent kernel of N training samples and C classes, an NC x NC matrix: P the head's "
+    "part, F the encoder's. Its rank counts singular values above 1.2e-7 NC times the largest, float32's "
+    "rounding. FT ratio is the length of F's part of the first step over that of the whole step. Kernel "
+    "regression is scored by class, and per logit: on each of the C yes-or-no decisions about a text. ECE "
+    "and MCE are the mean and the largest gap between confidence and accuracy (claim 7 goes by ECE: MCE is "
+    "the gap of one bin, often of few texts), T the temperature that logits are divided by. An empty cell: the method has no such number, or not in every seed. ± 0 over seeds: nothing in the run depends on the seed.")
 
 
 def write_report(out):
@@ -255,8 +255,8 @@ def write_report(out):
     if missing:
         whys = ((name, last_error(out / "runs" / f"{name}.log")) for name in missing)
         intro.append("Not finished: " + "; ".join(f"{name} ({why})" if why else name for name, why in whys)
-                     + ". A seed that lacks a run is left out, of every table or of the scaled heads: where training "
-                     "fails, what is said here is of the seeds in which it does not.")
+                     + ". A seed that lacks a run is left out, of every table or of the scaled heads: where "
+                     "training fails, what is said here is of the seeds in which it does not.")
     unfit = {}  # {why T is 1: runs}
     for run, result in results.items():
         if result.get("temperature_reason") and "-scale" not in run:
@@ -300,17 +300,17 @@ def introduction(out, plan, tuning, first, seeds):
     samples = ", ".join(f"{split} {count}" for split, count in first.get("samples", {}).items())
     return [
         f"Made by `{plan['command']}`. Samples: {samples}.",
-        "Mean ± standard deviation over seeds; intervals are the 95 % intervals of a mean over seeds (Student's t), "
-        "mostly of a paired difference. Seeds vary head, LoRA, dropout, order and the samples of the kernel, and with "
-        "--max-train the training samples: an interval says nothing about other data, another encoder or other "
-        "learning rates.",
-        "A part of a claim holds where its interval is above the bound, does not hold where none of it is, and is undecided "
-        "else. A claim holds where all its parts do, does not hold where one does not, and is undecided else. Bounds "
-        "other than 0 and the twice of claim 1 are this project's reading of the paper's \"far\", \"matches\" and "
-        "\"nearly\". All runs share the test samples: a score that is fewer than 6 of them from its bound, or on the other "
-        "side of it once they are added over splits, is undecided whatever the seeds say. Every interval is 95 % by "
-        "itself, not all of them together: of ten parts whose true values lie exactly at their bounds, one or more would "
-        "not hold by luck alone in about one claim of five.",
+        "Mean ± standard deviation over seeds; intervals are the 95 % intervals of a mean over seeds "
+        "(Student's t), mostly of a paired difference. Seeds vary head, LoRA, dropout, order and the samples "
+        "of the kernel, and with --max-train the training samples: an interval says nothing about other "
+        "data, another encoder or other learning rates.",
+        "A part of a claim holds where its interval is above the bound, does not hold where none of it is, "
+        "and is undecided else. A claim holds where all its parts do, does not hold where one does not, and "
+        "is undecided else. Bounds other than 0 and the twice of claim 1 are this project's reading of the paper's \"far\", \"matches\" "
+        "and \"nearly\". All runs share the test samples: a score that is fewer than 6 of them from its "
+        "bound, or on the other side of it once they are added over splits, is undecided whatever the seeds "
+        "say. Every interval is 95 % by itself, not all of them together: of ten parts whose true values lie "
+        "exactly at their bounds, one or more would not hold by luck alone in about one claim of five.",
         "Every number, with the files and the key behind it: `tables.json`.",
         f"Learning rate (batch size, epochs): {', '.join(used)}. " + (
             f"Rates were chosen by the mean validation score over two tuning seeds of their own, in the table \"{TUNING}\""

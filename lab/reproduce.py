@@ -56,12 +56,12 @@ def parse_args(argv=None):
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs with seeds 1 to N (default: 5)")
     parser.add_argument("--ntk", type=int, default=100, metavar="N", help="samples of the kernel, 0 for none (default: 100)")
     parser.add_argument("--rates", type=float, nargs="+", metavar="F",
-                        help="factors on train.py's learning rates that tuning tries; give more where the report says "
-                             "that a rate is at the edge (default: 1/3 1 3)")
+                        help="factors on train.py's learning rates that tuning tries; give more where the "
+                             "report says that a rate is at the edge (default: 1/3 1 3)")
     parser.add_argument("--no-tuning", action="store_true", help="keep train.py's learning rates")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, metavar="S",
-                        help="factors on the head that FT and LP-FT start from, of claim 6; 1 alone leaves it "
-                             f"unmeasured (default: {' '.join(f'{scale:g}' for scale in SCALES)})")
+                        help="factors on the head that FT and LP-FT start from, of claim 6; 1 alone leaves "
+                             f"it unmeasured (default: {' '.join(f'{scale:g}' for scale in SCALES)})")
     jobs = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 2)
     parser.add_argument("--jobs", type=int, default=jobs, metavar="N",
                         help="processes side by side (default: half the processors; 1 with a GPU)")
@@ -292,8 +292,8 @@ def reproduce(args, command):
         lock.release()
     if failed:
         print("\n".join(f"  {name}: {why}" for name, why in failed.items()), file=sys.stderr)
-        raise Failed(f"{len(failed)} runs failed; the same command tries them again, except for tuning (from the beginning "
-                     f"if you delete their folder, {args.out / 'runs'}/NAME.partial)")
+        raise Failed(f"{len(failed)} runs failed; the same command tries them again, except for tuning (from "
+                     f"the beginning if you delete their folder, {args.out / 'runs'}/NAME.partial)")
 
 
 def main(argv=None):

@@ -39,7 +39,8 @@ LAYER_NAMES = {
     "output.dense": "ffn_out",
     "output.LayerNorm": "ffn_norm",
 }
-SPECIAL_TOKENS = {"cls_token": ("<s>", "[CLS]"), "sep_token": ("</s>", "[SEP]"), "unk_token": ("<unk>", "[UNK]"),
+SPECIAL_TOKENS = {"cls_token": ("<s>", "[CLS]"), "sep_token": ("</s>", "[SEP]"),
+                  "unk_token": ("<unk>", "[UNK]"),
                   "pad_token": ("<pad>", "[PAD]"), "mask_token": ("<mask>", "[MASK]")}
 # Parts of a checkpoint that the classifier does not use: pooler, MLM heads, a buffer of old files.
 UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
@@ -104,7 +105,7 @@ def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None)
     write_safetensors(directory / "model.safetensors", {n: state[ours] for n, ours in names.items()})
     config = asdict(encoder.config) | {"hidden_act": "gelu", "position_embedding_type": "absolute"}
     if labels:
-        config |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        config |= {"id2label": dict(enumerate(labels)), "label2id": dict(zip(labels, range(len(labels))))}
     # Without this class transformers would build a lower-casing tokenizer of its own from the vocabulary.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast",
                 "model_max_length": max_length or encoder.config.max_length,
@@ -136,7 +137,8 @@ def check_config(raw, path):
         kind = EncoderConfig.__annotations__[name]
         least = 0 if name in ("type_vocab_size", "pad_token_id") or kind is float else 1
         if kind is not str and (type(value) not in (int, kind) or not least <= value < 2**31):
-            raise ValueError(f"{path}: {name} is {str(value)[:20]}; expected {kind.__name__}, {least} or more")
+            raise ValueError(f"{path}: {name} is {str(value)[:20]}; expected {kind.__name__}, {least} or "
+                             "more")
         if name.endswith("_prob") and value >= 1:
             raise ValueError(f"{path}: {name} is {value!r}; expected a probability below 1")
     if known.get("pad_token_id", 0) >= known.get("vocab_size", 1):

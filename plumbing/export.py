@@ -16,8 +16,8 @@ import torch
 
 from data import tiny
 from model import Classifier, Encoder, LoRALinear, add_lora, has_lora, merge_lora
-from plumbing.checkpoint import (check_config, huggingface_names, read_safetensors, read_tokenizer, save_pretrained,
-                                 write_safetensors)
+from plumbing.checkpoint import (check_config, huggingface_names, read_safetensors, read_tokenizer,
+                                 save_pretrained, write_safetensors)
 from plumbing.files import read_json, write_json, write_text
 
 
@@ -73,8 +73,8 @@ def load_classifier(folder):
     path, weights = folder / "classifier.json", folder / "model.safetensors"
     if not path.is_file() or not weights.is_file():
         missing = weights if path.is_file() else path
-        raise FileNotFoundError(f"{folder}: no {missing.name}; expected the folder of a run of train.py that came to "
-                                "its end")
+        raise FileNotFoundError(f"{folder}: no {missing.name}; expected the folder of a run of train.py that "
+                                "came to its end")
     content = read_json(path)
     try:
         config = check_config(content["encoder"], path)

@@ -73,8 +73,8 @@ def load_tensors(path):
     """
     data = memoryview(Path(path).read_bytes())
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ValueError(f"{path}: is cut or damaged (its checksum is not that of its {len(data)} bytes); delete it to "
-                         "start from the beginning")
+        raise ValueError(f"{path}: is cut or damaged (its checksum is not that of its {len(data)} bytes); "
+                         "delete it to start from the beginning")
     try:
         content = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         content["start"]
@@ -86,8 +86,8 @@ def load_tensors(path):
 def read_json(path):
     """The object in a JSON file, as a dict."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds config.json, tokenizer.json "
-                                "and model.safetensors or pytorch_model.bin")
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds config.json, "
+                                "tokenizer.json and model.safetensors or pytorch_model.bin")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8

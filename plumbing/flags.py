@@ -12,7 +12,7 @@ from data import count_unknown, tiny
 from data.corpora import CORPORA, RECIPES
 from plumbing.files import read_json
 
-STAGES = (("ft", False), ("ft", True), ("lpft", False), ("lpft", True))  # (method, LoRA), the columns of RECIPES
+STAGES = ("ft", False), ("ft", True), ("lpft", False), ("lpft", True)  # (method, LoRA), columns of RECIPES
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +39,7 @@ def exit_status(program, work, go_on=lambda: ""):
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted{go_on()}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ArithmeticError, MemoryError, Failed) as error:  # messages say what and where
+    except (ValueError, OSError, ArithmeticError, MemoryError, Failed) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         bad_input = isinstance(error, (ValueError, OSError)) and getattr(error, "errno", None) not in (
             errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # a disk that is full or broken
@@ -58,11 +58,11 @@ def read(parser, argv=None):
         check(parser, args)
         return fill_defaults(args)
     if len(argv) > 2 or sum(word.startswith("--") for word in argv) > 1:
-        parser.error(f"--resume goes on with the flags in {args.resume / 'config.json'}; expected no other flag")
+        parser.error(f"--resume takes the flags in {args.resume / 'config.json'}; expected no other flag")
     folder, path = args.resume, args.resume / "config.json"
     try:
         if not path.is_file():
-            raise ValueError(f"--resume {str(folder)[:200]}: holds no config.json; expected the folder of a run")
+            raise ValueError(f"--resume {str(folder)[:200]}: holds no config.json; expected a run's folder")
         config = read_json(path)
         threads, known = config.pop("threads", None), vars(parser.parse_args([])).keys() - {"resume"}
         unknown = config.keys() - known - {"versions"}
@@ -80,23 +80,23 @@ def read(parser, argv=None):
 def add_common_flags(parser):
     """Those of files, folders and the machine."""
     add = parser.add_argument_group("samples").add_argument
-    add("--data-dir", type=Path, metavar="DIR", help="where the files of the paper's data sets lie; python -m "
-        "data.download gets them (default: datasets)")
+    add("--data-dir", type=Path, metavar="DIR", help="where the files of the paper's data sets lie; python "
+        "-m data.download gets them (default: datasets)")
     add("--max-length", type=int, default=128, metavar="L", help="cut texts to L tokens (default: 128)")
     add("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
-    add("--max-test", type=int, metavar="N", help="keep N samples of test and of each OOD split, for every seed "
-        "the same; 0 leaves them alone, as when hyper-parameters are chosen")
+    add("--max-test", type=int, metavar="N", help="keep N samples of test and of each OOD split, for every "
+        "seed the same; 0 leaves them alone, as when hyper-parameters are chosen")
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=int, default=0, metavar="S", help="of the random head, LoRA, dropout and order; the same "
-        "numbers come out on one machine, on its CPU, with one number of threads (default: 0)")
+    add("--seed", type=int, default=0, metavar="S", help="of the random head, LoRA, dropout and order; the "
+        "same numbers come out on one machine, on its CPU, with one number of threads (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="auto takes cuda, else mps, else cpu (default: auto)")
-    add("--out", type=Path, metavar="DIR", help="folder for config.json, metrics.jsonl, result.json and the weights; "
-        "must not hold anything yet (default: a new one under runs/)")
-    add("--resume", type=Path, metavar="RUN_DIR", help="go on with the unfinished run in RUN_DIR, with its own "
-        "flags; stands alone")
-    add("--export", type=Path, metavar="DIR", help="also write the result for other tools: a Hugging Face folder "
-        "(LoRA merged), head.safetensors, and with --lora a peft folder, DIR/adapter")
+    add("--out", type=Path, metavar="DIR", help="folder for config.json, metrics.jsonl, result.json and the "
+        "weights; must not hold anything yet (default: a new one under runs/)")
+    add("--resume", type=Path, metavar="RUN_DIR", help="go on with the unfinished run in RUN_DIR, with its "
+        "own flags; stands alone")
+    add("--export", type=Path, metavar="DIR", help="also write the result for other tools: a Hugging Face "
+        "folder (LoRA merged), head.safetensors, and with --lora a peft folder, DIR/adapter")
 
 
 def check(parser, args):
@@ -110,9 +110,10 @@ def check(parser, args):
                      "use --method ft or lpft")
     if args.ntk is not None and not 1 <= args.ntk <= 250:
         parser.error(f"--ntk is {args.ntk}; expected 1 to 250")
-    for flags, wrong, why in ((stage | {"--ntk": args.ntk}, args.method == "lp", "--method lp has no FT stage"),
-                              (lora, not args.lora, "it needs --lora"),
-                              (probe, args.method == "ft", "--method ft does no linear probing")):
+    for flags, wrong, why in (
+            (stage | {"--ntk": args.ntk}, args.method == "lp", "--method lp has no FT stage"),
+            (lora, not args.lora, "it needs --lora"),
+            (probe, args.method == "ft", "--method ft does no linear probing")):
         for flag, value in flags.items():
             if wrong and value is not None:
                 parser.error(f"{flag} has no effect: {why}")
@@ -124,10 +125,11 @@ def check(parser, args):
     for flag, value in positive.items():
         if value is not None and not 0 < value < 1e15:
             parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0, below 1e15")
-    for flag, value, least, most in (("--max-test", args.max_test, 0, 1e15), ("--max-length", args.max_length, 8, 1e15),
+    for flag, value, least, most in (("--max-test", args.max_test, 0, 10**15),
+                                     ("--max-length", args.max_length, 8, 10**6),
                                      ("--seed", args.seed, 0, 2**32 - 1)):
         if value is not None and not least <= value <= most:
-            parser.error(f"{flag} is {value}; expected {least} " + (f"to {most}" if flag == "--seed" else "or more"))
+            parser.error(f"{flag} is {value}; expected {least} to {most}")
 
 
 def fill_defaults(args):
@@ -147,7 +149,8 @@ def fill_defaults(args):
         args.lp_scoring = args.lp_scoring or "accuracy"
     for name in ("model", "data", "data_dir", "export"):  # so that --resume works from any folder
         value = getattr(args, name)
-        if isinstance(value, Path) or value not in (None, "tiny", *tiny.TRAIN_SIZES, *CORPORA) and Path(value).is_dir():
+        names = (None, "tiny", *tiny.TRAIN_SIZES, *CORPORA)
+        if isinstance(value, Path) or value not in names and Path(value).is_dir():
             setattr(args, name, type(value)(os.path.abspath(value)))
     return args
 
@@ -170,8 +173,8 @@ def check_task(args, task, tokenizer, config):
     low-rank update.
     """
     if args.max_length > config.max_length:
-        raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for {config.max_length} tokens "
-                         "at most")
+        raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
+                         f"{config.max_length} tokens at most")
     unknown, tokens = count_unknown(tokenizer, task.splits["train"], task.pairs)
     if args.model == "tiny" and unknown > 0.2 * tokens:
         raise ValueError(f"--data {args.data}: {100 * unknown / tokens:.0f} % of its tokens are words that "
@@ -182,9 +185,9 @@ def check_task(args, task, tokenizer, config):
                          f"gives the second text of a pair type {types}")
     counts = task.splits["train"].labels.bincount(minlength=len(task.labels))
     if args.lp_scoring and counts.min() < 5:
-        raise ValueError(f"--data {args.data}: 5-fold cross-validation needs 5 training samples of each class, "
-                         f"{task.labels[counts.argmin()]!r} has {counts.min()}; take more samples, or fix LP's "
-                         "strength with --lp-inverse-l2")
+        raise ValueError(f"--data {args.data}: 5-fold cross-validation needs 5 training samples of each "
+                         f"class, {task.labels[counts.argmin()]!r} has {counts.min()}; take more samples, or "
+                         "fix LP's strength with --lp-inverse-l2")
     if args.lora and args.lora_r > config.hidden_size:
         raise ValueError(f"--lora-r {args.lora_r}: more than the width {config.hidden_size} of {args.model}")
 

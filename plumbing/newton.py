@@ -64,8 +64,8 @@ def minimise_logistic(objective, z, strength, penalty, theta, tolerance, on_step
                 break
             size = torch.where(too_far, size / 2, size)
         theta, value, grad = candidate, new_value, new_grad
-    raise ArithmeticError(f"linear probing did not converge at inverse_l2 {float(strength.max()):g}: gradient norm "
-                          f"{float(grad_norm.max()):.2e}, goal {float(goal.min()):.2e}")
+    raise ArithmeticError(f"linear probing did not converge at inverse_l2 {float(strength.max()):g}: "
+                          f"gradient norm {float(grad_norm.max()):.2e}, goal {float(goal.min()):.2e}")
 
 
 def conjugate_gradients(matrix_times, right, diagonal, precision):

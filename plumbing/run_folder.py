@@ -62,9 +62,9 @@ class RunState:
         before = saved.get("start", {})
         for name in sorted(before | self.start):
             if before.get(name) != self.start.get(name):
-                raise ValueError(f"{self.path}: was saved with {name} {str(before.get(name))[:40]}, now it is "
-                                 f"{str(self.start.get(name))[:40]}; the result would not be that of an uninterrupted "
-                                 "run, so start a new run")
+                raise ValueError(f"{self.path}: was saved with {name} {str(before.get(name))[:40]}, now it "
+                                 f"is {str(self.start.get(name))[:40]}; the result would not be that of an "
+                                 "uninterrupted run, so start a new run")
         self.saved = saved
 
     def seconds(self):
@@ -180,10 +180,12 @@ def claim_folders(args):
     for flag, folder in (("--export", args.export), ("--out", args.out)):
         if folder and folder.is_file():
             raise ValueError(f"{flag} {folder}: is a file already; expected a new or empty folder")
-        if folder and folder.is_dir() and any(path.name not in (LOCK, "config.json.tmp") for path in folder.iterdir()):
-            unfinished = folder == args.out and not (folder / "result.json").is_file()
+        own = (LOCK, "config.json.tmp")
+        if folder and folder.is_dir() and any(path.name not in own for path in folder.iterdir()):
+            unfinished = folder == args.out and not (folder / "result.json").is_file() and (
+                folder / "config.json").is_file()
             raise ValueError(f"{flag} {folder}: holds something already; expected a new or empty folder"
-                             + f", or --resume {folder}" * (unfinished and (folder / "config.json").is_file()))
+                             + f", or --resume {folder}" * unfinished)
     for folder in filter(None, (args.out, args.export)):
         if not folder.exists():
             made.append(folder)

@@ -48,7 +48,7 @@ FLAGS = [
     ("--device tpu", "argument --device: invalid choice: 'tpu'"),
     pytest.param("--device cuda", "--device cuda: this PyTorch", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
-    ("--max-length 7", "--max-length is 7; expected 8 or more"),
+    ("--max-length 7", "--max-length is 7; expected 8 to 1000000"),
     ("--max-length 129", "has positions for 128 tokens at most"),
     ("--max-train 0", "--max-train is 0"),
     ("--max-test -1", "--max-test is -1"),
