@@ -12,7 +12,8 @@ from data import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"python train\.py ([^\n`]*)", README)
+DETAILS = "".join((ROOT / name / "README.md").read_text(encoding="utf-8") for name in ("data", "lab"))
+COMMANDS = re.findall(r"python train\.py ([^\n`]*)", README + DETAILS)
 
 
 def test_the_same_seed_promises_no_more_than_can_be_kept(capsys):
@@ -25,18 +26,27 @@ def test_the_same_seed_promises_no_more_than_can_be_kept(capsys):
 
 
 def test_the_example_sentences_consist_of_words_that_the_tiny_encoder_knows(capsys):
-    """The README's and that of predict.py --help: with unknown words they would show nothing."""
+    """The READMEs' and that of predict.py --help: with unknown words they would show nothing."""
     with pytest.raises(SystemExit):
         predict.parse_args(["--help"])
     help_text = capsys.readouterr().out
-    sentences = re.findall(r'tokenizer\(\["(.*?)"', README) + re.findall("echo '(.*?)'", help_text)
-    assert len(sentences) == 2
+    sentences = [re.search(pattern, text)[1] for pattern, text in (
+        ('echo "(.*?)"', README), (r'tokenizer\(\["(.*?)"', DETAILS), ("echo '(.*?)'", help_text))]
     for sentence in sentences:
         assert not {*sentence.split()} - {*tiny.vocabulary()[0]}, sentence
 
 
-def test_nothing_is_left_to_fill_in():
-    assert "@@" not in README
+def test_the_readme_is_short_and_shows_little_but_words():
+    """At most 1,300 words, one number in ten words, two pictures, and the equation on the first screen."""
+    words = README.split()
+    assert len(words) <= 1300 and sum(bool(re.search(r"\d", word)) for word in words) <= len(words) / 10
+    assert README.count("![") >= 2 and README[:README.index("(P + F)")].count("\n") < 40
+
+
+def test_links_and_pictures_lead_somewhere():
+    for path in ROOT.glob("**/README.md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), (path, target)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
