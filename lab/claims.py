@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
+from scipy import stats
 
 LEAST_SAMPLES = 6  # 2 x 0.5^6 = 0.03
 
@@ -295,17 +296,5 @@ def judge_part(part, results, seeds):
 def confidence_interval(values):
     """(mean, lower, upper) of the 95 % interval of the mean of two or more numbers, by Student's t."""
     n, mean = len(values), statistics.mean(values)
-    half = t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n)
+    half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / math.sqrt(n)
     return mean, mean - half, mean + half
-
-
-def t_quantile(degrees):
-    """The t with P(|T| < t) = 0.95, by integrating Student's density and halving an interval."""
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    low, high = 0.0, 20.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        x = np.linspace(0, middle, 4001)
-        inside = 2 * scale * np.trapezoid((1 + x**2 / degrees) ** (-(degrees + 1) / 2), x)
-        low, high = (middle, high) if inside < 0.95 else (low, middle)
-    return middle

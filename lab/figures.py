@@ -16,22 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import matplotlib
 
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")  # files, no window
-    import matplotlib.pyplot as plt
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits  # of scikit-learn
-except ImportError as error:
-    if __name__ != "__main__":
-        raise
-    sys.exit(f"lab.figures: error: {error}; pip install -r requirements-dev.txt")
+matplotlib.use("Agg")  # files, no window
+import matplotlib.pyplot as plt
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits  # of scikit-learn
 
 from data import load_task
 from lab.claims import scale_names
-from lab.report import METHODS, complete_seeds, read_planned
+from lab.runs import METHODS, complete_seeds, read_plan, read_results
 from lpft import predict
 from ntk import kernel_statistics
 from plumbing.export import load_classifier
@@ -283,8 +277,8 @@ def main(argv=None):
     out = parser.parse_args(argv).folder
 
     def work():
-        plan, results, _ = read_planned(out)
-        drawn, problems = make_all(out, results, plan["seeds"])
+        plan = read_plan(out)
+        drawn, problems = make_all(out, read_results(out, plan["runs"]), plan["seeds"])
         for title, file in drawn.items():
             print(f"{title}: {out / 'figures' / file}.svg, .png")
         for problem in problems:

@@ -2,120 +2,26 @@
 
     python -m lab.report reproduction/tiny-tiny
 
-writes into the folder report.md, report.html (one file with everything in it), tables.json (every number,
-the key it has in the result.json files, and these files) and figures/. In order: what is there
-(read_results), the tables (tables, fill_table), the report. The paper's seven claims are judged in claims.py,
-figures drawn in figures.py, which needs matplotlib and scikit-learn; without them the rest comes out.
+writes into the folder report.md, report.html (the same as one file with everything in it), tables.json (every
+number, the key it has in the result.json files, and these files) and figures/. What is there is read in runs.py,
+the paper's seven claims are judged in claims.py, figures drawn in figures.py.
 """
 
 import base64
-import html
 import json
+import re
 import shlex
 import statistics
 import sys
 from pathlib import Path
 
+import markdown
+
+from lab import figures
 from lab.claims import judge, look_up, scale_names
+from lab.runs import METHODS, by_rate, complete_seeds, last_error, read_plan, read_results, validation_scores
 from plumbing.files import read_json, write_text
 from plumbing.flags import Parser, exit_status
-
-METHODS = {"LP": ("lp", False), "FT": ("ft", False), "LoRA": ("ft", True), "LP-FT": ("lpft", False),
-           "LP-LoRA": ("lpft", True)}  # (train.py's --method, --lora)
-PLAN = "plan.json"  # of reproduce.py: {command, seeds, tuning: [names], rates: {method: rate}, runs: [names]}
-
-
-# ---------------------------------------------------------------------------- what is there
-
-
-def read_results(out):
-    """{run: result.json} of the finished runs, and {tuning run: result.json}."""
-    found = {}
-    for path in sorted((out / "runs").glob("*/flags.json")):
-        name, path = path.parent.name, path.with_name("result.json")
-        if not name.endswith(".partial"):
-            found[name] = read_json(path)
-            metric = found[name].get("metric")
-            seed = found[name].get("seed")
-            if seed is not None and not name.endswith(f"-seed{seed}"):
-                raise ValueError(f"{path}: is of seed {seed}; expected that in the name of its folder")
-            if not isinstance(found[name].get(metric), dict) or look_up(found[name], (f"val_{metric}",)) is None:
-                raise ValueError(f"{path}: not what train.py writes; expected a metric and its scores")
-    tuning = {name: result for name, result in found.items() if name.startswith("tune-")}
-    return {name: result for name, result in found.items() if name not in tuning}, tuning
-
-
-def read_flags(path):
-    """The flags of train.py in a file of reproduce.py."""
-    try:
-        flags = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        flags = None
-    if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
-        raise ValueError(f"{path}: not the flags of a run, a list of strings")
-    return flags
-
-
-def last_error(log, start=0):
-    """The last error that train.py wrote to the file `log` from byte `start` on, or None."""
-    if not log.is_file():
-        return None
-    lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
-    said = [line.removeprefix("train.py: error: ") for line in lines if line.startswith("train.py: error: ")]
-    return said[-1] if said else None
-
-
-def complete_seeds(results, most, runs=tuple(METHODS)):
-    """The seeds from 1 to `most` of which every one of `runs` is finished; ValueError if they are not two."""
-    seeds = [seed for seed in range(1, most + 1) if all(f"{name}-seed{seed}" in results for name in runs)]
-    if len(seeds) < 2:
-        raise ValueError(f"{len(seeds)} of {most} seeds have a finished run of each of {', '.join(runs)}; "
-                         "expected two or more")
-    return seeds
-
-
-def by_rate(runs):
-    """{method: {learning rate: [names]}} of the names of tuning runs, tune-METHOD=RATE-seedS."""
-    found = {}
-    for run in runs:
-        method, rate = run.removeprefix("tune-").split("-seed")[0].split("=")
-        found.setdefault(method, {}).setdefault(rate, []).append(run)
-    return found
-
-
-def validation_scores(tuning, runs):
-    """{run: validation score} of those of `runs` that are finished."""
-    return {run: tuning[run][f"val_{tuning[run]['metric']}"] for run in runs if run in tuning}
-
-
-def choose_rates(tuning, planned):
-    """{method: learning rate} of the highest mean validation score; of equals the smallest.
-
-    Of the `planned` runs' rates those count of which every run is finished; ValueError if a method has none.
-    """
-    chosen = {}
-    for method, rates in by_rate(planned).items():
-        means = {rate: statistics.mean(validation_scores(tuning, runs).values()) for rate, runs in rates.items()
-                 if all(run in tuning for run in runs)}
-        if not means:
-            raise ValueError(f"no learning rate of {method} has all its tuning runs finished")
-        chosen[method] = max(means, key=lambda rate: (means[rate], -float(rate)))
-    return chosen
-
-
-def tuning_table(tuning, plan):
-    """A table as fill_table makes: {method: {rate 1, rate 2, ...: {mean, std, values, runs, key, note}}}."""
-    table, metric = {}, next(iter(tuning.values()))["metric"]
-    for method, rates in by_rate(plan["tuning"]).items():
-        table[method], grid = {}, sorted(rates, key=float)
-        for i, rate in enumerate(grid, 1):
-            if found := validation_scores(tuning, rates[rate]):
-                edge = ", at the edge of the grid" * (rate in (grid[0], grid[-1]))
-                note = f" at {rate}" + f", chosen{edge}" * (rate == plan["rates"].get(method))
-                note += ", a run failed" * (len(found) < len(rates[rate]))
-                table[method][f"rate {i}"] = cell(found, f"val_{metric}") | {"note": note}
-    return table
-
 
 # ---------------------------------------------------------------------------- tables
 
@@ -183,6 +89,20 @@ def scale_table(results, seeds, splits):
     return table
 
 
+def tuning_table(tuning, plan):
+    """A table as fill_table makes: {method: {rate 1, rate 2, ...: {mean, std, values, runs, key, note}}}."""
+    table, metric = {}, next(iter(tuning.values()))["metric"]
+    for method, rates in by_rate(plan["tuning"]).items():
+        table[method], grid = {}, sorted(rates, key=float)
+        for i, rate in enumerate(grid, 1):
+            if found := validation_scores(tuning, rates[rate]):
+                edge = ", at the edge of the grid" * (rate in (grid[0], grid[-1]))
+                note = f" at {rate}" + f", chosen{edge}" * (rate == plan["rates"].get(method))
+                note += ", a run failed" * (len(found) < len(rates[rate]))
+                table[method][f"rate {i}"] = cell(found, f"val_{metric}") | {"note": note}
+    return table
+
+
 def number_at(result, keys):
     """The number under `keys`, or None; a pair as the last key is the difference of two."""
     *path, last = keys
@@ -227,7 +147,8 @@ READING = (
 
 def write_report(out):
     """report.md, report.html and tables.json of the finished runs; prints the verdicts."""
-    plan, results, tuning = read_planned(out)
+    plan = read_plan(out)
+    results, tuning = (read_results(out, plan[key]) for key in ("runs", "tuning"))
     missing = [name for name in plan["runs"] if name not in results]
     try:
         seeds = complete_seeds(results, plan["seeds"])
@@ -250,8 +171,8 @@ def write_report(out):
     intro = introduction(out, plan, tuning, first, seeds)
     if kernel := look_up(results[f"FT-seed{seeds[0]}"], ("ntk", "train_samples")):
         intro[0] += f" The kernel is of {kernel} training samples, N."
-    commands = command_rows(out, judged)
-    figures, problems = draw_figures(out, results, plan["seeds"])
+    commands = command_rows(plan["runs"], judged)
+    drawn, problems = figures.make_all(out, results, plan["seeds"])
     if missing:
         whys = ((name, last_error(out / "runs" / f"{name}.log")) for name in missing)
         intro.append("Not finished: " + "; ".join(f"{name} ({why})" if why else name for name, why in whys)
@@ -263,30 +184,14 @@ def write_report(out):
             unfit.setdefault(str(result["temperature_reason"]), []).append(run)
     intro += [f"T is 1, not fitted, in {', '.join(runs)}: {why}." for why, runs in unfit.items()]
     intro += [f"Not drawn: {problem}." for problem in problems]
-    write_text(out / "report.md", as_markdown(title, intro, judged, filled, figures, commands))
-    write_text(out / "report.html", as_html(title, intro, judged, filled, figures, commands, out))
+    text = as_markdown(title, intro, judged, filled, drawn, commands)
+    write_text(out / "report.md", text)
+    write_text(out / "report.html", as_html(title, text, out))
     for i, claim in enumerate(judged, 1):
         print(f"{i}. {claim['claim']}: {claim['verdict']}")
     for problem in problems:
         print(f"not drawn: {problem}")
     print(f"report: {out / 'report.html'}, {out / 'report.md'}")
-
-
-def read_plan(out):
-    if not (out / PLAN).is_file():
-        raise ValueError(f"{out}: holds no {PLAN}; expected the --out of lab.reproduce, its tuning runs finished")
-    plan = read_json(out / PLAN)
-    if not (isinstance(plan.get("command"), str) and isinstance(plan.get("seeds"), int)
-            and isinstance(plan.get("tuning"), list) and isinstance(plan.get("rates"), dict)
-            and isinstance(plan.get("runs"), list)):
-        raise ValueError(f"{out / PLAN}: not what lab.reproduce writes")
-    return plan
-
-
-def read_planned(out):
-    """(plan, results, tuning results) of the runs that are in the plan, not those of earlier ones."""
-    plan, found = read_plan(out), read_results(out)
-    return plan, *({name: of[name] for name in plan[key] if name in of} for key, of in zip(("runs", "tuning"), found))
 
 
 def introduction(out, plan, tuning, first, seeds):
@@ -320,16 +225,7 @@ def introduction(out, plan, tuning, first, seeds):
         + "The commands behind the claims are at the end.", READING]
 
 
-def draw_figures(out, results, most):
-    """({title: file name without suffix, under figures/}, why others could not be drawn)."""
-    try:
-        from lab import figures
-    except ImportError as error:
-        return {}, [f"any figure: {error}; pip install -r requirements-dev.txt"]
-    return figures.make_all(out, results, most)
-
-
-def command_rows(out, judged):
+def command_rows(runs, judged):
     """[[runs, claims, command]] of train.py, one for each kind of run behind the claims; $seed stands for the
     seeds.
     """
@@ -341,7 +237,7 @@ def command_rows(out, judged):
                 behind.setdefault(run.rsplit("-seed", 1)[0], ({}, run))[0][i] = True
     rows = []
     for name, (numbers, run) in behind.items():
-        words = [shlex.quote(flag) for flag in read_flags(out / "runs" / run / "flags.json")]
+        words = [shlex.quote(flag) for flag in runs[run]]
         words = ["$seed" if before == "--seed" else word for before, word in zip(["", *words], words)]
         rows.append([name, ", ".join(map(str, numbers)), " ".join(["OMP_NUM_THREADS=1 python train.py", *words])])
     return rows
@@ -372,7 +268,7 @@ def as_text(cell):
     return number(cell["mean"]) + std + cell.get("note", "")
 
 
-def as_markdown(title, intro, judged, filled, figures, commands):
+def as_markdown(title, intro, judged, filled, drawn, commands):
     lines = [f"# {title}", "", "\n\n".join(intro), "", "## The seven claims", "",
              "| measured | mean | 95 % interval | bound | verdict |", "|---|---|---|---|---|"]
     for cells, heads in claim_rows(judged):
@@ -382,7 +278,7 @@ def as_markdown(title, intro, judged, filled, figures, commands):
         columns, rows = table_rows(table)
         lines += ["", f"## {name}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    for name, file in figures.items():
+    for name, file in drawn.items():
         lines += ["", f"## {name}", "", f"![{name}](figures/{file}.png)"]
     lines += ["", "## The commands behind the claims", "", "| runs | claims | command |", "|---|---|---|"]
     lines += [f"| {name} | {claims} | `{command}` |" for name, claims, command in commands]
@@ -392,54 +288,22 @@ def as_markdown(title, intro, judged, filled, figures, commands):
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1em; max-width: 1100px; color: #222; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: clamp(11px, 2.9vw, 14px); }
-td, th { box-sizing: border-box; padding: .25em .3em; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
-         overflow-wrap: anywhere; hyphens: auto; }
-th { font-size: .85em; letter-spacing: -.02em; } th:first-child { width: 20%; }
-.commands th:nth-child(1) { width: 21%; } .commands th:nth-child(2) { width: 15%; }
-.claims th:nth-child(1) { width: 29%; } .claims th:nth-child(2) { width: 16%; } .claims th:nth-child(4) { width: 15%; }
-.claims th:nth-child(5) { width: 21%; }
-.head td { font-weight: 600; border-top: 2px solid #999; } small { color: #666; }
+td, th { box-sizing: border-box; padding: .25em .3em; border-bottom: 1px solid #ddd; text-align: left;
+         vertical-align: top; overflow-wrap: anywhere; hyphens: auto; }
+th { font-size: .85em; letter-spacing: -.02em; } th:first-child { width: 24%; }
 code { overflow-wrap: anywhere; } img { width: 100%; height: auto; }
-.holds { color: #00664b; } .does { color: #a33f00; } .undecided, .not { color: #555; }
 """
 
 
-def as_html(title, intro, judged, filled, figures, commands, out):
-    """One file without references: figures are inside as base64, tables fold to the width of a phone."""
-    def code(text):  # `x` in the texts above
-        parts = html.escape(text).split("`")
-        return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+def as_html(title, text, out):
+    """The Markdown as one file without references: figures are inside as base64, tables fold on a phone."""
+    def inside(match):
+        data = base64.b64encode((out / f"{match[1]}.svg").read_bytes()).decode()
+        return f'src="data:image/svg+xml;base64,{data}"'
 
-    def row(cells, tag="td"):
-        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
-
-    body = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{code(text)}</p>" for text in intro),
-            "<h2>The seven claims</h2><table class=claims>",
-            row(["measured", "mean", "95 % interval", "bound", "verdict"], "th")]
-    for cells, heads in claim_rows(judged):
-        word = cells[-1].replace(":", "").split()[0]
-        verdict = f"<span class='{word}'>{html.escape(cells[-1])}</span>"
-        if heads:
-            body.append(f"<tr class=head><td colspan=4>{html.escape(cells[0])}<td>{verdict}</tr>")
-        else:
-            body.append(row([*map(html.escape, cells[:-1]), verdict]))
-    body.append("</table>")
-    for name, table in filled.items():
-        columns, rows = table_rows(table)
-        body += [f"<h2>{html.escape(name)}</h2><table>", row(["", *columns], "th")]
-        for first, *cells in rows:
-            body.append(row([html.escape(first)] + [cell.replace(" ± ", "<br><small>±&nbsp;") + "</small>" * ("±" in cell)
-                                                    for cell in cells]))
-        body.append("</table>")
-    for name, file in figures.items():
-        data = base64.b64encode((out / "figures" / f"{file}.svg").read_bytes()).decode()
-        name = html.escape(name)
-        body.append(f"<h2>{name}</h2><img alt='{name}' src='data:image/svg+xml;base64,{data}'>")
-    body += ["<h2>The commands behind the claims</h2><table class=commands>", row(["runs", "claims", "command"], "th"),
-             *(row([name, claims, f"<code>{html.escape(command)}</code>"]) for name, claims, command in commands), "</table>"]
-    head = (f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
-            f"<style>{STYLE}</style>")
-    return f"<!doctype html><html lang=en>{head}<body>" + "\n".join(body) + "\n</body></html>\n"
+    body = re.sub(r'src="(figures/[\w-]+)\.png"', inside, markdown.markdown(text, extensions=["tables"]))
+    return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>{title}</title><style>{STYLE}</style><body>{body}</body></html>\n")
 
 
 def main(argv=None):

@@ -6,33 +6,30 @@
 1. tunes learning rates on validation accuracy, with seeds of their own (tuning_runs, choose_rates);
 2. runs LP, FT, LoRA, LP-FT and LP-LoRA on every seed, the kernel at the start of each FT stage, and FT and
    LP-FT from scaled heads (main_runs, scale_runs);
-3. writes report.md and report.html: every table and figure, and a verdict on each of the paper's seven
-   claims (report.py, lab.figures, which also run alone).
+3. writes report.md and report.html: every table and figure, and a verdict on each of the paper's claims.
 
-A run is a process of train.py with one thread, and `--jobs` of them go side by side. A finished run is never
-repeated: after an interruption the same command goes on. A run that fails is named, and the others go on.
-
-Exit status: 0 done, 2 bad input (one line says what), 1 a run failed, 130 interrupted.
+A run is a process of train.py with one thread and a folder of its own, `--jobs` of them go side by side. A run
+that is finished is never repeated, one that was interrupted goes on: the same command does what is left. A run
+that fails is named, and the others go on. Exit status: 0 done, 2 bad input, 1 a run failed, 130 interrupted.
 """
 
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from threading import Event
 
 import plumbing  # noqa: F401  before torch
 import torch
+from tqdm import tqdm
 
 import train
 from data import draw_ntk_samples, load_task, read_task, tiny
-from lab.report import METHODS, PLAN, choose_rates, last_error, read_flags, read_plan, read_results, write_report
+from lab.report import write_report
+from lab.runs import METHODS, PLAN, choose_rates, last_error, read_plan, read_results
 from plumbing.checkpoint import load_pretrained
 from plumbing.files import read_json, write_text
 from plumbing.flags import Failed, Parser, check_task, configuration, exit_status
@@ -135,99 +132,49 @@ def scale_runs(args, rates):
     return runs
 
 
-class RunFailed(Exception):
-    """A run of train.py that ended with an error; the message is what it said."""
-
-
 def refuse_other_flags(args, runs):
-    """ValueError if a run of that name was made or begun with other flags, or with paths to other places."""
+    """ValueError if a run of that name was made or begun with other flags."""
     for name, flags in runs.items():
-        folder, partial = (args.out / "runs" / f"{name}{end}" for end in ("", ".partial"))
-        begun = args.out / "runs" / f"{name}.begun"
-        before = folder / "flags.json" if (folder / "flags.json").is_file() else begun if partial.is_dir() else None
-        if before and before.is_file() and (found := read_flags(before)) != flags:
-            raise ValueError(f"{folder}: was made with {' '.join(found)}; now it would be with {' '.join(flags)}; "
-                             "choose another --out")
-        config = next((read_json(path) for path in (folder / "config.json", partial / "config.json")
-                       if path.is_file()), {})
-        wanted = configuration(train.parse_args(flags))
-        for key in ("data", "data_dir", "model"):
-            if config.get(key, wanted.get(key)) != wanted.get(key):
-                raise ValueError(f"{folder}: was made with {config[key]}; now it would be with {wanted.get(key)}; "
-                                 "choose another --out")
+        path = args.out / "runs" / name / "config.json"
+        before = read_json(path) if path.is_file() else {}
+        now = configuration(train.parse_args(flags))
+        for key in sorted((before.keys() | now) - {"threads", "versions", "out", "device"} if before else ()):
+            if before.get(key) != now.get(key):
+                raise ValueError(f"{path.parent}: was made with --{key.replace('_', '-')} {before.get(key)}; now it "
+                                 f"would be with {now.get(key)}; choose another --out")
 
 
 def run_all(args, runs, title="runs"):
     """Run what is not finished, `--jobs` at a time; returns {name: why} of the runs that failed."""
-    todo = [name for name in runs if not (args.out / "runs" / name / "flags.json").is_file()]
-    there = len(runs) - len(todo)
-    print(f"{title}: {len(runs)}" + f", {there} of them there already" * (there > 0), flush=True)
-    started, processes, stopping, failed = time.monotonic(), set(), Event(), {}
-    with ThreadPoolExecutor(args.jobs) as pool:
+    todo = [name for name in runs if not (args.out / "runs" / name / "result.json").is_file()]
+    processes, failed = set(), {}
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), initial=len(runs) - len(todo), desc=title,
+                                                     unit="run") as bar:
         try:
-            futures = {pool.submit(run_one, args, name, runs[name], processes, stopping): name for name in todo}
-            for count, future in enumerate(as_completed(futures), there + 1):
-                name = futures[future]
-                try:
-                    said = ", ".join(f"{split} {score:.3f}" for split, score in future.result().items())
-                except RunFailed as error:
-                    failed[name] = str(error)
-                    said = f"failed: {error}"
-                print(f"[{count}/{len(runs)}, {time.monotonic() - started:.0f} s] {name}: {said}", flush=True)
+            futures = {pool.submit(run_one, args, name, runs[name], processes): name for name in todo}
+            for future in as_completed(futures):
+                bar.update()
+                if why := future.result():
+                    failed[futures[future]] = why
+                    tqdm.write(f"{futures[future]} failed: {why}")
         finally:
-            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(processes):  # they save their state
+            for process in list(processes):  # train.py stops; its last whole epoch is saved
                 process.terminate()
     return failed
 
 
-def run_one(args, name, flags, processes, stopping):
-    """Run train.py, or go on with what was interrupted; returns {split: score}, with val. RunFailed."""
-    folder, partial, begun = (args.out / "runs" / f"{name}{end}" for end in ("", ".partial", ".begun"))
-    command = [sys.executable, Path(__file__).resolve().parents[1] / "train.py"]
-    if partial.is_dir():
-        wait_until_free(partial, stopping)
-    if stopping.is_set():
-        raise RunFailed("interrupted")
-    if (partial / "config.json").is_file() and begun.is_file():
-        command += ["--resume", partial]
-    else:
-        shutil.rmtree(partial, ignore_errors=True)
-        write_text(begun, json.dumps(flags))
-        command += [*flags, "--out", partial]
-    path = args.out / "runs" / f"{name}.log"
-    with open(path, "ab") as log:
-        end = log.tell()  # of what earlier attempts said
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+def run_one(args, name, flags, processes):
+    """Run train.py, or go on with what was interrupted; returns why it failed, or None."""
+    folder, log = args.out / "runs" / name, args.out / "runs" / f"{name}.log"
+    how = ["--resume", folder] if (folder / "config.json").is_file() else [*flags, "--out", folder]
+    with open(log, "wb") as said:
+        process = subprocess.Popen([sys.executable, Path(train.__file__), *how], stdout=said,
+                                   stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         processes.add(process)
-        if stopping.is_set():  # between the two lines above
-            process.terminate()
         status = process.wait()
         processes.discard(process)
-    if status:
-        why = last_error(path, end) or f"status {status}, no error message"
-        raise RunFailed(f"{why} (all it said: {path})")
-    write_text(partial / "flags.json", json.dumps(flags) + "\n")
-    partial.rename(folder)
-    begun.unlink()
-    result = read_json(folder / "result.json")
-    return {"val": result["val_" + result["metric"]]} | result[result["metric"]]
-
-
-def wait_until_free(folder, stopping):
-    """Wait for a process that still works there: one that outlived a lab.reproduce that was killed."""
-    said = False
-    while not stopping.is_set():
-        try:
-            lock_folder(folder).release()
-            return
-        except ValueError as error:
-            if not said:
-                print(f"waiting: {error}", flush=True)
-            said = True
-            time.sleep(0.5)
+    return f"{last_error(log) or f'status {status}'} (all it said: {log})" if status else None
 
 
 # ---------------------------------------------------------------------------- the command
@@ -250,22 +197,6 @@ def check_data(args):
     check_task(flags, task, tokenizer, encoder.config)
 
 
-def find_rates(args):
-    """({method: learning rate}, names of the tuning runs, {name: why} of those that failed), tuning what is
-    not tuned.
-    """
-    if args.no_tuning:
-        return {}, [], {}
-    planned = tuning_runs(args)
-    refuse_other_flags(args, planned)
-    earlier = read_plan(args.out) if (args.out / PLAN).is_file() else {"tuning": []}
-    if earlier["tuning"] == [*planned]:  # a choice is made once, even if a run that failed would now succeed
-        print(f"learning rates as chosen before, in {args.out / PLAN}", flush=True)
-        return earlier["rates"], [*planned], {}
-    failed = run_all(args, planned, "tuning runs")  # a rate at which a run fails is no choice, and no reason to stop
-    return choose_rates(read_results(args.out)[1], planned), [*planned], failed
-
-
 def reproduce(args, command):
     """Tuning, all other runs, the report; Failed if a run failed."""
     for flags in main_runs(args, {}).values():  # a flag that train.py refuses ends here, not after an hour
@@ -276,24 +207,31 @@ def reproduce(args, command):
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
     lock = lock_folder(args.out)
     try:
-        rates, tuning, failed = find_rates(args)
+        tuning, rates, failed = {} if args.no_tuning else tuning_runs(args), {}, {}
+        refuse_other_flags(args, tuning)
+        earlier = read_plan(args.out) if (args.out / PLAN).is_file() else {"tuning": None}
+        if earlier["tuning"] == tuning:  # a choice is made once, even if a run that failed would now succeed
+            rates = earlier["rates"]
+        elif tuning:  # a rate at which a run fails is no choice, and no reason to stop
+            failed = run_all(args, tuning, "tuning")
+            rates = choose_rates(read_results(args.out, tuning), tuning)
         runs = main_runs(args, rates) | scale_runs(args, rates)
         refuse_other_flags(args, runs)
-        plan = {"command": command, "seeds": args.seeds, "tuning": tuning, "rates": rates, "runs": [*runs]}
+        plan = {"command": command, "seeds": args.seeds, "rates": rates, "tuning": tuning, "runs": runs}
         write_text(args.out / PLAN, json.dumps(plan, indent=1) + "\n")
-        failed |= run_all(args, runs, "runs of all methods and seeds")
+        failed |= run_all(args, runs)
+        if failed:
+            print("\n".join(f"  {name}: {why}" for name, why in failed.items()), file=sys.stderr)
         try:
             write_report(args.out)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             if not failed:
                 raise
             print(f"no report: {error}", file=sys.stderr)
     finally:
         lock.release()
     if failed:
-        print("\n".join(f"  {name}: {why}" for name, why in failed.items()), file=sys.stderr)
-        raise Failed(f"{len(failed)} runs failed; the same command tries them again, except for tuning (from "
-                     f"the beginning if you delete their folder, {args.out / 'runs'}/NAME.partial)")
+        raise Failed(f"{len(failed)} runs failed; the same command tries them again, except for tuning")
 
 
 def main(argv=None):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lab import figures
-from lab.report import METHODS
+from lab.runs import METHODS
 
 
 def write_run(out, run, records=(), **kernel):
