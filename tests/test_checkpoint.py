@@ -5,17 +5,23 @@ import http.server
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
-from plumbing.checkpoint import read_safetensors, read_weights, write_safetensors
-from plumbing.checkpoint import check_config, load_pretrained
+from conftest import SENTENCES, find_data
+from data import encode, tiny
+from data.corpora import corpus_sources
+from plumbing.checkpoint import (check_config, load_pretrained, read_safetensors, read_weights, save_pretrained,
+                                 write_safetensors)
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3, dtype=torch.float16),
            "brain": torch.full((2,), 1.5, dtype=torch.bfloat16), "scalar": torch.tensor(7),
@@ -133,7 +139,7 @@ def test_a_hub_name_is_fetched_once_and_then_found_offline(hub, random_folder, t
     assert (status, float(lines[-1])) == (0, pytest.approx(expected)), lines
 
 
-def test_shards_and_pickled_weights_are_fetched_where_there_is_no_whole_file(hub, random_folder, tmp_path):
+def test_pickled_weights_are_fetched_where_there_are_no_others(hub, random_folder, tmp_path):
     address, files = hub
     weights = read_safetensors(random_folder / "model.safetensors")
     prefix, expected = "/org/name/resolve/main/", weights["embeddings.word_embeddings.weight"].sum()
@@ -141,15 +147,7 @@ def test_shards_and_pickled_weights_are_fetched_where_there_is_no_whole_file(hub
     buffer = io.BytesIO()
     torch.save(weights, buffer)
     files[prefix + "pytorch_model.bin"] = buffer.getvalue()
-    status, lines = load_by_name("org/name", tmp_path / "1", HF_ENDPOINT=address)
-    assert (status, float(lines[-1])) == (0, pytest.approx(float(expected))), lines
-    names = sorted(weights)
-    for i, part in enumerate((names[:9], names[9:])):
-        files[f"{prefix}part-{i}.safetensors"] = safetensors.torch.save({name: weights[name] for name in part})
-    files[prefix + "model.safetensors.index.json"] = json.dumps(
-        {"weight_map": {name: f"part-{int(name in names[9:])}.safetensors" for name in names}}).encode()
-    files[prefix + "pytorch_model.bin"] = b"not read"
-    status, lines = load_by_name("org/name", tmp_path / "2", HF_ENDPOINT=address)
+    status, lines = load_by_name("org/name", tmp_path, HF_ENDPOINT=address)
     assert (status, float(lines[-1])) == (0, pytest.approx(float(expected))), lines
 
 
@@ -170,12 +168,12 @@ def test_a_hub_folder_without_a_tokenizer_is_refused_by_the_name_of_the_file(hub
     assert status == 1 and lines[1:] == ["--model org/name: on the hub it has no tokenizer.json"]
 
 
-@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": "../x"}}', "{",
-                                   '{"weight_map": {"a": "absent.safetensors"}}'])
-def test_a_broken_index_of_shards_is_refused(index, tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises((ValueError, OSError), match="model.safetensors.index.json"):
-        read_weights(tmp_path)
+def test_weights_in_several_files_are_refused_by_name(random_folder, tmp_path):
+    for path in random_folder.iterdir():
+        new = "model-00001-of-00002.safetensors" if path.suffix == ".safetensors" else path.name
+        (tmp_path / new).write_bytes(path.read_bytes())
+    with pytest.raises(FileNotFoundError, match="shards, are not read"):
+        load_pretrained(tmp_path)
 
 
 SIZES = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 1,
@@ -203,3 +201,146 @@ def test_the_padding_token_is_one_of_the_vocabulary():
             assert fits
         except ValueError as error:
             assert not fits and "pad_token_id is 9; expected below vocab_size" in str(error)
+
+
+# ------------------------------------------------------------------------------------ checkpoints of others
+
+
+def real_sentences():
+    """800 sentences of real corpora, where there are any."""
+    rows = []
+    for name, count in (("mrpc", 250), ("cola", 150), ("sst2", 100), ("amazon", 100), ("boolq", 100), ("wic", 100)):
+        if place := find_data(name):
+            rows += islice(corpus_sources(name, place)["train"](), count)
+    return [text_b or text_a for _, text_a, text_b, _ in rows if text_a is not None]
+
+
+def odd_sentences(count=200):
+    """Emoji and their joiners, accents composed and not, CJK, right to left, control characters, spaces."""
+    rng = random.Random(0)
+    pieces = ["🙂", "👩‍👩‍👧", "🇯🇵", "é", "e\u0301", "Å", "ß", "ﬁ", "東京", "한국어", "ไทย", "שלום", "مرحبا", "\x00", "\x07",
+              "\u200b", "\ufeff", "\u00ad", "\ufffd", "\u2028", "\x85", "\t", "\r", "\xa0", "\u3000", " ", "  ", "don't",
+              "C++", "<s>", "[SEP]", "[unused1]", "</s>", "...", "—", "word", "Word", "WORDS", "x" * 120, "𝔘𝔫𝔦", "½", "№"]
+    return ["".join(rng.choices(pieces, k=rng.randrange(1, 30))) + "a" for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", ["minilm", "roberta"])
+@pytest.mark.parametrize("max_length", [48, 128])
+def test_token_ids_of_a_thousand_sentences_equal_those_of_transformers(name, max_length, request):
+    """Singles and pairs. Truncation takes from the longer text of a pair first, and keeps special tokens."""
+    folder = request.getfixturevalue(name)
+    _, tokenizer = load_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    sentences = SENTENCES + odd_sentences() + real_sentences()
+    rows = [(a, None) for a in sentences] + list(zip(sentences, sentences[7:]))
+    split = encode(tokenizer, [(a, b, 0) for a, b in rows], max_length)
+    longest = 0
+    for ours, (a, b) in zip(split, rows, strict=True):
+        expected = theirs(a, b, truncation="longest_first", max_length=max_length)
+        assert ours["input_ids"] == expected["input_ids"], (a, b)
+        assert ours["token_type_ids"] == expected.get("token_type_ids", [0] * len(ours["input_ids"])), (a, b)
+        longest = max(longest, len(ours["input_ids"]))
+    assert longest == max_length  # some were cut
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("variant", ["bare", "masked-lm", "float16", "sentence-transformers"])
+def test_checkpoints_as_others_save_them_load_alike(kind, variant, tmp_path):
+    """Written by transformers, read here, same hidden states; of float16 files, those of the rounded weights."""
+    bert = kind == "bert"
+    sizes = {"vocab_size": 282, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "intermediate_size": 96, "max_position_embeddings": 40, "initializer_range": 0.2,
+             "type_vocab_size": 2 if bert else 1, "pad_token_id": 0 if bert else 1}
+    config = (transformers.BertConfig if bert else transformers.RobertaConfig)(**sizes)
+    names = {True: ("BertModel", "BertForMaskedLM"), False: ("RobertaModel", "RobertaForMaskedLM")}[bert]
+    torch.manual_seed(0)
+    model = getattr(transformers, names[variant == "masked-lm"])(config)
+    folder = tmp_path / "0_Transformer" if variant == "sentence-transformers" else tmp_path
+    model = model.half() if variant == "float16" else model
+    model.save_pretrained(folder)
+    tiny.make_tokenizer().save(str(folder / "tokenizer.json"))
+    if variant == "sentence-transformers":
+        (tmp_path / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "0_Transformer", "type": "x"}]')
+    ours, _ = load_pretrained(tmp_path)
+    theirs = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(5, 282, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) < torch.tensor([[12], [7], [3]])).long()
+    ids = torch.where(mask == 1, ids, config.pad_token_id)
+    with torch.no_grad():
+        found = ours.eval()(ids, mask, torch.zeros_like(ids))
+        expected = theirs(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert ((found - expected) * mask.unsqueeze(2)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["DistilBert", "Albert", "Deberta", "Electra", "MPNet"])
+def test_an_architecture_that_is_not_supported_is_refused_by_name(kind, tmp_path):
+    getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model_type is '{kind.lower()}'; supported: bert, roberta"):
+        load_pretrained(tmp_path)
+
+
+def test_what_is_saved_is_what_is_loaded(encoder, batch, tmp_path, random_folder):
+    _, tokenizer = load_pretrained(random_folder)
+    save_pretrained(tmp_path, encoder.float(), tokenizer)
+    loaded, same_tokenizer = load_pretrained(tmp_path)
+    assert torch.equal(loaded.eval()(**batch), encoder(**batch))
+    assert same_tokenizer.to_str() == tokenizer.to_str()
+
+
+def test_a_saved_encoder_opens_in_transformers(random_folder, batch):
+    ours, _ = load_pretrained(random_folder)
+    theirs = transformers.AutoModel.from_pretrained(random_folder).eval()
+    with torch.no_grad():
+        difference = ours.eval()(**batch) - theirs(**batch).last_hidden_state
+    assert difference.abs().max() < 2e-5
+
+
+def test_old_names_and_pickled_tensors_load_alike(minilm, tmp_path):
+    """pytorch_model.bin of the first releases: `bert.` in front, gamma and beta in LayerNorm."""
+    encoder, _ = load_pretrained(minilm)
+    state = transformers.AutoModel.from_pretrained(minilm).state_dict()
+    old = {"bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma")
+           .replace("LayerNorm.bias", "LayerNorm.beta"): t for name, t in state.items()}
+    torch.save(old | {"cls.predictions.bias": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((minilm / name).read_bytes())
+    loaded, _ = load_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), encoder.parameters()))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("encoder.layer.1.output.dense.bias"), "encoder.layer.1.output.dense.bias.*missing"),
+    (lambda s: s.update({"encoder.layer.2.output.dense.bias": torch.zeros(64)}), "layer.2.*no place"),
+    (lambda s: s.update({"embeddings.LayerNorm.bias": torch.zeros(7)}), r"embeddings.LayerNorm.*\(7,\)"),
+])
+def test_a_tensor_missing_left_over_or_misshapen_is_named(random_folder, tmp_path, change, message):
+    from plumbing.checkpoint import read_safetensors, write_safetensors
+    state = read_safetensors(random_folder / "model.safetensors")
+    change(state)
+    write_safetensors(tmp_path / "model.safetensors", state)
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((random_folder / name).read_bytes())
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ('"model_type": "bert"', '"model_type": "gpt2"', ),
+    ('"hidden_act": "gelu"', '"hidden_act": "relu"'),
+    ('"position_embedding_type": "absolute"', '"position_embedding_type": "relative_key"'),
+    ('"hidden_size": 64', '"hidden_size": "wide"'),
+    ('"hidden_size": 64,', ''),
+    ('"hidden_size": 64', '"hidden_size": 64.0'),
+    ('"num_attention_heads": 4', '"num_attention_heads": 0'),
+    ('"pad_token_id": 0', '"pad_token_id": 9999'),
+    ('"hidden_dropout_prob": 0.1', '"hidden_dropout_prob": 1.5'),
+    ('{', '['),
+])
+def test_a_config_this_encoder_cannot_follow_is_refused(random_folder, tmp_path, change, message):
+    for file in random_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = (tmp_path / "config.json").read_text()
+    assert change in text
+    (tmp_path / "config.json").write_text(text.replace(change, message))
+    with pytest.raises(ValueError, match="config.json"):
+        load_pretrained(tmp_path)

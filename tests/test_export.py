@@ -11,16 +11,17 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import predict
-from plumbing import run_folder
 import train
-from conftest import LORA
+from conftest import LORA, SENTENCES
 from data import count_unknown, encode, tiny
 from plumbing.export import load_classifier, lora_settings
-from model import LoRALinear
+from model import LoRALinear, add_lora, count_parameters
+from plumbing import run_folder
+from plumbing.checkpoint import load_pretrained
 
 TEXTS = [text for text, _ in tiny.load("tiny")["test"][:40]]
 
@@ -88,6 +89,37 @@ def test_the_adapter_opens_in_peft_over_the_original_encoder(run, random_folder)
     with torch.no_grad():
         difference = model.encoder(**batch) - theirs(**batch).last_hidden_state
     assert (difference * batch["attention_mask"].unsqueeze(2)).abs().max() < 1e-5
+
+
+def randomize_lora(encoder):
+    for module in encoder.modules():
+        if isinstance(module, LoRALinear):
+            torch.nn.init.normal_(module.lora_B.weight, std=0.1)
+
+
+def test_lora_with_copied_weights_equals_peft(minilm):
+    """peft's adapter on query and value: same outputs, same number of trained parameters.
+
+    In float64: on padding float32 rounds too coarsely to compare two codes.
+    """
+    torch.manual_seed(0)
+    encoder, tokenizer = load_pretrained(minilm)
+    theirs = get_peft_model(
+        transformers.AutoModel.from_pretrained(minilm),
+        LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], lora_dropout=0.0)).eval()
+    add_lora(encoder, r=8, lora_alpha=16)
+    randomize_lora(encoder)
+    for i, layer in enumerate(encoder.layers):
+        for projection in ("query", "value"):
+            ours = getattr(layer.attention, projection)
+            their = getattr(theirs.base_model.model.encoder.layer[i].attention.self, projection)
+            their.lora_A["default"].weight.data.copy_(ours.lora_A.weight)
+            their.lora_B["default"].weight.data.copy_(ours.lora_B.weight)
+    batch, _ = encode(tokenizer, [(s, None, 0) for s in SENTENCES], 64).batch(range(5))
+    with torch.no_grad():
+        difference = encoder.double().eval()(**batch) - theirs.double()(**batch).last_hidden_state
+    assert difference.abs().max() < 1e-9
+    assert count_parameters(encoder)[0] == theirs.get_nb_trainable_parameters()[0]
 
 
 def test_r_and_alpha_are_saved_loaded_and_exported_each_as_itself(run):

@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
-from sklearn.metrics import matthews_corrcoef, pairwise
-from sklearn.model_selection import StratifiedKFold
 
 import lpft
 from data import load_task, tiny, training_batches
@@ -50,7 +47,8 @@ def test_lp_is_scikit_learns_cross_validated_logistic_regression(n, h, num_class
     """Same strength chosen, same minimum of the same objective; also with more features than samples."""
     x, y = samples(n, h, num_classes)
     probe = fit_linear_probe(x, y, num_classes, scoring=scoring)
-    reference = LogisticRegressionCV(Cs=10, cv=5, scoring=theirs, tol=1e-9, max_iter=20_000,
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    reference = linear_model.LogisticRegressionCV(Cs=10, cv=5, scoring=theirs, tol=1e-9, max_iter=20_000,
                                      l1_ratios=(0,), use_legacy_attributes=False)
     reference.fit(x.double().numpy(), y.numpy())
     assert probe.inverse_l2 == pytest.approx(reference.C_)
@@ -67,7 +65,8 @@ def test_lp_is_scikit_learns_cross_validated_logistic_regression(n, h, num_class
 def test_the_score_of_each_strength_is_the_sum_of_the_means_of_folds_that_differ_in_size(scoring, theirs):
     """83 samples make folds of 17 and of 16, which count alike. All ten scores are scikit-learn's."""
     x, y = samples(83, 10, 3)
-    reference = LogisticRegressionCV(Cs=10, cv=5, scoring=theirs, solver="newton-cholesky", tol=1e-10,
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    reference = linear_model.LogisticRegressionCV(Cs=10, cv=5, scoring=theirs, solver="newton-cholesky", tol=1e-10,
                                      l1_ratios=(0,), use_legacy_attributes=False)
     reference.fit(x.double().numpy(), y.numpy())
     expected = np.asarray(reference.scores_).reshape(5, 10).sum(0)
@@ -94,7 +93,8 @@ def test_lp_ends_where_the_gradient_vanishes(inverse_l2, num_classes):
 def test_folds_are_those_of_scikit_learn(seed):
     y = torch.randint(0, 4, (83,), generator=torch.Generator().manual_seed(seed))
     folds = stratified_folds(y)
-    for number, (_, held_out) in enumerate(StratifiedKFold(5).split(np.zeros(83), y.numpy())):
+    model_selection = pytest.importorskip("sklearn.model_selection")
+    for number, (_, held_out) in enumerate(model_selection.StratifiedKFold(5).split(np.zeros(83), y.numpy())):
         assert (folds == number).nonzero().flatten().tolist() == held_out.tolist()
 
 
@@ -124,7 +124,7 @@ def test_lp_converges_on_few_distinct_samples(seed):
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed)).repeat(18, 1)
     y = torch.tensor([0, 1]).repeat(18)
     probe = fit_linear_probe(x, y, 2)
-    theirs = LogisticRegression(C=probe.inverse_l2, tol=1e-10, max_iter=10_000).fit(x, y)
+    theirs = pytest.importorskip("sklearn.linear_model").LogisticRegression(C=probe.inverse_l2, tol=1e-10, max_iter=10_000).fit(x, y)
     ours = objective(probe.weight, probe.bias, probe.inverse_l2, x, y)
     assert ours <= objective(theirs.coef_, theirs.intercept_, probe.inverse_l2, x, y) * (1 + 1e-9)
 
@@ -210,7 +210,7 @@ def test_matthews_correlation_is_scikit_learns(num_classes):
     logits = torch.randn(200, num_classes, generator=generator)
     labels = torch.where(torch.rand(200, generator=generator) < 0.5, logits.argmax(1),
                          torch.randint(num_classes, (200,), generator=generator))
-    assert matthews(logits, labels) == pytest.approx(matthews_corrcoef(labels, logits.argmax(1)))
+    assert matthews(logits, labels) == pytest.approx(pytest.importorskip("sklearn.metrics").matthews_corrcoef(labels, logits.argmax(1)))
     assert 0.3 < matthews(logits, labels) < matthews(logits, logits.argmax(1)) == pytest.approx(1)
 
 
@@ -507,7 +507,7 @@ def test_feature_statistics_against_their_definitions():
     x, x_0 = torch.randn(2, 30, 5, generator=generator, dtype=torch.double)
     y = torch.arange(30) % 3
     found = feature_statistics(x, x_0, y)
-    cosines = pairwise.cosine_similarity(x.numpy())
+    cosines = pytest.importorskip("sklearn.metrics").pairwise.cosine_similarity(x.numpy())
     assert found["cs"] == pytest.approx(cosines[~np.eye(30, dtype=bool)].mean())
     assert found["diff"] == pytest.approx(float((x - x_0).norm(dim=1).mean()))
     assert found["norm"] == pytest.approx(float(x.norm(dim=1).mean()))

@@ -7,8 +7,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegressionCV
-from sklearn.model_selection import PredefinedSplit, StratifiedKFold
 
 import ntk as ntk_file
 from data import encode
@@ -703,6 +701,10 @@ def test_kernel_regression_is_scikit_learns_on_rows_over_the_mean_diagonal():
     scale = kernel.flatten(2).flatten(0, 1).diagonal().mean()
     rows, test_rows = (k.flatten(2).flatten(0, 1) / scale for k in (kernel, test_kernel))
     targets, test_targets = (F.one_hot(y, 3).flatten() for y in (labels, test_labels))
+    pytest.importorskip("sklearn")
+    from sklearn.linear_model import LogisticRegressionCV
+    from sklearn.model_selection import PredefinedSplit
+
     folds = PredefinedSplit(np.repeat(fold_of_samples(labels), 3))
     theirs = LogisticRegressionCV(Cs=10, cv=folds, tol=1e-8, max_iter=10_000, use_legacy_attributes=False,
                                   scoring="accuracy", l1_ratios=(0.0,)).fit(rows, targets)
@@ -717,7 +719,7 @@ def test_kernel_regression_is_scikit_learns_on_rows_over_the_mean_diagonal():
 
 def fold_of_samples(labels):
     folds = np.empty(len(labels), dtype=int)
-    for fold, (_, tested) in enumerate(StratifiedKFold(5).split(labels, labels)):
+    for fold, (_, tested) in enumerate(pytest.importorskip("sklearn.model_selection").StratifiedKFold(5).split(labels, labels)):
         folds[tested] = fold
     return folds
 

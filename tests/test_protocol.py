@@ -10,8 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import lpft
-from lab import pretrain
 import train as command
+from conftest import tiny_config
 from data import Split, Task, draw_ntk_samples, load_task, tiny, training_batches
 from plumbing.export import lora_settings
 from lpft import fine_tune, predict
@@ -93,7 +93,7 @@ def test_each_dropout_alone_changes_the_training_loss_and_no_evaluation(model, b
 
 def test_every_dropout_has_the_rate_of_the_configuration(batch, monkeypatch):
     """Embeddings, two per layer, head: hidden_dropout_prob. Attention: attention_probs_dropout_prob."""
-    config = replace(pretrain.tiny_config(), hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
+    config = replace(tiny_config(), hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
     model, hidden, attention = Classifier(Encoder(config), 3), [], []
     drop, attend = F.dropout, F.scaled_dot_product_attention
 
