@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add("--lp-inverse-l2", type=float, metavar="C", help="fix LP's penalty (scikit-learn's C)")
     add("--model", default="tiny", metavar="{tiny,DIR,HUB}", help="tiny: the one in data/tiny_encoder; or "
         "a folder with a BERT or RoBERTa checkpoint; or its name on the Hugging Face hub (default: tiny)")
-    add("--data", default="tiny", metavar="{tiny,tiny-plain,NAME,DIR}", help="an embedded task; or one of "
+    add("--data", default="tiny", metavar="NAME or DIR", help=f"embedded: {', '.join(flags.tiny.TASKS)}; or one of "
         f"the paper's, {', '.join(flags.CORPORA)}; or a folder with train, maybe val, test, ood_NAME, each "
         ".tsv, .csv or .jsonl with text (or text_a, text_b) and label (default: tiny)")
     add = parser.add_argument_group("FT stage (defaults by method, model and data are printed)").add_argument
@@ -96,7 +96,7 @@ def run(args, state):
 
 def load(args):
     """(Task, Encoder, Tokenizer); ValueError for data, encoder and flags that do not fit each other."""
-    rows = read_task(args.data, args.data_dir)
+    rows = read_task(args.data, args.data_dir, args.language or 0)
     encoder, tokenizer = checkpoint.load_pretrained(tiny.ENCODER if args.model == "tiny" else args.model)
     task = load_task(rows, tokenizer, args.max_length, None, args.max_train, args.seed, args.max_test)
     flags.check_task(args, task, tokenizer, encoder.config)
@@ -207,22 +207,23 @@ def ft_stage(args, model, tokenizer, task, state, lp_record):
 
 
 def evaluate(model, task, features_0, frozen=False):
-    """Accuracy, features, calibration on every test split; T is from val. frozen: features are features_0."""
-    def outcome(name):  # features (N, h), logits (N, C)
-        if frozen:
-            return features_0[name], logits_of(model, features_0[name])
-        return predict(model, task.splits[name], desc=f"testing on {name}")
+    """Accuracy, features, calibration on every test split; T is from val. frozen: phi is phi_0 still."""
+    saved, score = {}, METRICS[task.metric]  # accuracy is reported beside any other
 
-    _, logits = outcome("val")
-    labels, score = task.splits["val"].labels, METRICS[task.metric]  # accuracy is reported beside any other
+    def outcome(name):  # features (N, h), logits (N, C), labels (N,)
+        features, logits = (features_0[name], logits_of(model, features_0[name])) if frozen else predict(
+            model, task.splits[name], desc=f"testing on {name}")
+        saved.update({f"logits_{name}": logits, f"labels_{name}": task.splits[name].labels})
+        return features, logits, task.splits[name].labels
+
+    _, logits, labels = outcome("val")
     temperature, reason = fit_temperature(logits, labels), why_no_temperature(logits, labels)
     result = {"metric": task.metric, "val_accuracy": accuracy(logits, labels), f"val_{task.metric}":
               score(logits, labels), "head_norm": float(model.head.weight.detach().norm()),
               "temperature": temperature, "temperature_reason": reason,
               "accuracy": {}, task.metric: {}, "features": {}, "features_pretrained": {}, "calibration": {}}
     for name in task.test_names:
-        features, logits = outcome(name)
-        labels = task.splits[name].labels
+        features, logits, labels = outcome(name)
         result["accuracy"][name] = accuracy(logits, labels)
         result[task.metric][name] = score(logits, labels)
         result["features"][name] = feature_statistics(features, features_0[name], labels)
@@ -231,7 +232,7 @@ def evaluate(model, task, features_0, frozen=False):
         ece_scaled, mce_scaled = calibration_error(logits / temperature, labels)
         result["calibration"][name] = {"ece": ece, "ece_scaled": ece_scaled,
                                        "mce": mce, "mce_scaled": mce_scaled}  # in the order of the table
-    return result
+    return result | {"logits": saved}
 
 
 def print_table(args, result):

@@ -123,17 +123,17 @@ class Rows:
     name: str  # of the task or its folder
 
 
-def read_task(name_or_directory, data_dir=None):
-    """Read a task as Rows; ValueError or FileNotFoundError for the first bad row.
+def read_task(name_or_directory, data_dir=None, language=0):
+    """Read a task as Rows; ValueError or FileNotFoundError for the first bad row. `language`: of the embedded tasks.
 
     A task without val gives the last tenth of its training rows to validation, unshuffled.
     """
     from data import tiny  # here, so that `python -m data.tiny` does not import it twice
 
     labels, metric = None, "accuracy"
-    if name_or_directory in tiny.TRAIN_SIZES:
+    if name_or_directory in tiny.TASKS:
         labels = {name: name for name in tiny.LABELS}
-        texts = tiny.load(name_or_directory)
+        texts = tiny.load(name_or_directory, language)
         sources = {split: partial(tiny_rows, samples) for split, samples in texts.items()}
     elif name_or_directory in corpora.CORPORA:
         corpus = corpora.CORPORA[name_or_directory]
@@ -197,8 +197,8 @@ def last_tenth(rows, where, names):
 
 
 def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0,
-              max_test=None):
-    """A Task by name (tiny, tiny-plain, or one of corpora.CORPORA below data_dir), or of a folder.
+              max_test=None, language=0):
+    """A Task by name (one of tiny.TASKS, or of corpora.CORPORA below data_dir), or of a folder.
 
     max_train keeps that many training samples, drawn with `seed`, in their original order; max_test as many
     of test and of each OOD split, the same for every seed, and with 0 the task has neither. Instead of a
@@ -207,7 +207,7 @@ def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_t
     """
     rows = name_or_directory
     if not isinstance(rows, Rows):
-        rows = read_task(name_or_directory, data_dir)
+        rows = read_task(name_or_directory, data_dir, language)
     splits = {"train": draw_train(rows, max_train, seed), "val": rows.splits["val"]}
     splits |= {name: draw(split, max_test, 0) for name, split in rows.splits.items()
                if name not in splits and max_test != 0}

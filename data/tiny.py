@@ -6,12 +6,14 @@ positive. Seeded, so that the same seed is the same text everywhere.
 
     python -m data.tiny          prints ten samples per domain and task
 
-    document     3 or 4 sentences for pre-training, one mood, the domain may change in between
-    tiny         2 sentences in the label's mood, 2 distractors: about a shared noun, in any mood
-    tiny-plain   3 sentences in the label's mood
+    document          3 or 4 sentences for pre-training, one mood, the domain may change in between
+    tiny              3 sentences in the label's mood; 60 labelled texts, 20 of each class: few, so that where the
+                      head starts matters. tiny-30 and tiny-120 have fewer and more
+    tiny-distractors  2 sentences in the label's mood, 2 distractors: about a shared noun, in any mood; 200 texts
 
-The rule of the distractors, "what is said of the weather does not count", is not linear in the
-features of the pre-trained encoder: LP reads only part of it, and the features must move.
+The rule of the distractors, "what is said of the weather does not count", is not linear in the features of the
+pre-trained encoder: LP reads only part of it, and the features must move. Another seed is another language: other
+words are liked and disliked, and it needs an encoder of its own (lab.pretrain).
 """
 
 import random
@@ -153,10 +155,10 @@ class Language:
         rng = random.Random(f"{self.seed} documents")
         return [self.document(rng) for _ in range(count)]
 
-    def reviews(self, count, domain, split, distractor):
+    def reviews(self, count, domain, split, distractor, balanced=False):
         """`count` pairs (text, label); each split and domain is a stream of its own."""
         rng = random.Random(f"{self.seed} {split} {domain} {distractor}")
-        labels = [rng.randrange(3) for _ in range(count)]
+        labels = [i % 3 if balanced else rng.randrange(3) for i in range(count)]
         return [(self.review(rng, domain, label, distractor), label) for label in labels]
 
 
@@ -167,18 +169,18 @@ def often(rng, mood):
 
 # ---------------------------------------------------------------------------- tasks, tokenizer
 
-TRAIN_SIZES = {"tiny": 200, "tiny-plain": 100}
-VAL_SIZE, TEST_SIZE = 400, 1000
+TASKS = {"tiny": (60, 200, 500), "tiny-30": (30, 200, 500), "tiny-120": (120, 200, 500),
+         "tiny-distractors": (200, 400, 1000)}  # {name: number of texts in train, val and each test}
 
 
-def load(name, seed=0):
+def load(name, language=0):
     """The task `name` as {split: [(text, label), ...]}: train, val, test and the three OOD domains."""
-    language, distractor = Language(seed), name == "tiny"
-    splits = {"train": language.reviews(TRAIN_SIZES[name], 0, "train", distractor),
-              "val": language.reviews(VAL_SIZE, 0, "val", distractor)}
+    train, val, test = TASKS[name]
+    of, distractors = Language(language), name == "tiny-distractors"
+    splits = {"train": of.reviews(train, 0, "train", distractors, balanced=not distractors),
+              "val": of.reviews(val, 0, "val", distractors)}
     for domain, domain_name in enumerate(DOMAINS):
-        splits[domain_name if domain else "test"] = language.reviews(
-            TEST_SIZE, domain, "test", distractor)
+        splits[domain_name if domain else "test"] = of.reviews(test, domain, "test", distractors)
     return splits
 
 
@@ -208,7 +210,7 @@ def make_tokenizer():
 
 
 if __name__ == "__main__":
-    for task in TRAIN_SIZES:
+    for task in ("tiny", "tiny-distractors"):
         for split, samples in load(task).items():
             if split not in ("train", "val"):
                 print(f"\n{task}, {'gadgets (in-distribution)' if split == 'test' else split}")

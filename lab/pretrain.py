@@ -11,6 +11,7 @@ thousand steps, so a gate checks at the end that a linear probe can read it.
 Shapes: N documents, L tokens.
 """
 
+import json
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from data import encode, evaluation_batches, tiny
 from lpft import accuracy, fit_linear_probe, predict, set_head
 from model import Classifier, Encoder, EncoderConfig, SelfAttention, init_weights
 from plumbing.checkpoint import save_pretrained
+from plumbing.files import read_json, write_text
 from plumbing.flags import Failed, Parser, exit_status
 
 
@@ -137,8 +139,8 @@ def mask_words(batch, settings):
 
 
 def check_polarity(encoder, tokenizer, settings):
-    """The gate: raise PolarityNotLearnt unless LP on `tiny-plain` reads polarity from the features."""
-    texts = tiny.load("tiny-plain", settings.seed)
+    """The gate: raise PolarityNotLearnt unless LP on `tiny-120` reads polarity from the features."""
+    texts = tiny.load("tiny-120", settings.seed)
     train, val = (encode(tokenizer, [(text, None, label) for text, label in texts[name]], 128)
                   for name in ("train", "val"))
     classifier = Classifier(encoder, len(tiny.LABELS))
@@ -166,6 +168,8 @@ def main(argv=None):
         encoder = pretrain(settings)
         check_polarity(encoder, tokenizer, settings)
         save_pretrained(out, encoder, tokenizer)
+        config = read_json(out / "config.json") | {"language": settings.seed}  # train.py refuses another one's texts
+        write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
         print(f"the encoder is in {out}; use it with: python train.py --model {out}")
 
     return exit_status("lab.pretrain", work, lambda: "; nothing was written")

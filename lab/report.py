@@ -1,16 +1,15 @@
-"""Tables, figures and verdicts of a folder of runs that lab.reproduce made.
+"""Report, tables and verdicts of a folder of runs that lab.reproduce made.
 
     python -m lab.report reproduction/tiny-tiny
 
-writes into the folder report.md, report.html (the same as one file with everything in it), tables.json (every
-number, the key it has in the result.json files, and these files) and figures/. What is there is read in runs.py,
-the paper's seven claims are judged in claims.py, figures drawn in figures.py.
+writes into the folder report.md, report.html (the same as one file with everything in it), claims.json (the seven
+claims, see claims.py), tables.json (every number, the key it has in the result.json files, and these files) and
+figures/. What is there is read in runs.py, figures are drawn in figures.py.
 """
 
 import base64
 import json
 import re
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -18,284 +17,205 @@ from pathlib import Path
 import markdown
 
 from lab import figures
-from lab.claims import judge, look_up, scale_names
-from lab.runs import METHODS, by_rate, complete_seeds, last_error, read_plan, read_results, validation_scores
+from lab.claims import judge
+from lab.runs import (METHODS, by_rate, complete_units, last_error, look_up, read_plan, read_results, scaled, scales_of,
+                      tuning_scores)
 from plumbing.files import read_json, write_text
 from plumbing.flags import Parser, exit_status
+
+ABOUT = """\
+Linear probing then fine-tuning (LP-FT) first fits the linear head of a classifier on the frozen features of a
+pre-trained encoder (LP), then trains everything from there (FT). Does it do what A. Tomihari and I. Sato say it does, in
+"Understanding Linear Probing then Fine-tuning Language Models from NTK Perspective" (NeurIPS 2024)? They studied
+RoBERTa-base on thirteen data sets with five seeds. This page measures their seven claims on {task}, with {units}.
+
+{unit} Every interval is the 95 % interval of a mean over units, mostly of a paired difference. A claim *holds* or
+*does not hold* where its first number is told from its bound (Holm's procedure over the seven: all verdicts together are
+right with 95 %); else it is *undecided*. Learning rates were {rates}."""
+UNITS = {"language": "A unit is a language: its own word preferences, its own pre-trained encoder, its own texts and labels. "
+                     "So an interval says what happens in another language of the kind.",
+         "seed": "A unit is a seed: head, LoRA, dropout, order and the drawn samples. Numbers made of predictions are drawn "
+                 "again with the test texts (bootstrap); the others say nothing about other texts, and none about another "
+                 "data set or encoder."}
+WORDS = """\
+V is the head's weight, phi(x) the features, the encoder's output for the first token. CS(F): mean cosine similarity of
+the features of two texts. Diff(F): how far features moved from the pre-trained ones. FDR(F): Fisher's ratio of the spread
+between classes to that within. Norm(F): their mean length. Norm(C), Diff(C): ||V||, and how far V moved in the FT stage (in
+LP, from 0). Theta = P + F is the neural tangent kernel where the FT stage starts: P is the head's part, F the encoder's.
+FT ratio: the length of F's part of the first step over that of the whole step. Kernel regression is scored by class, and per
+logit. ECE, MCE: mean and largest gap between confidence and accuracy; T: the temperature that logits are divided by. ±: the
+standard deviation over units. An empty cell: the method has no such number, or not in every unit."""
+
 
 # ---------------------------------------------------------------------------- tables
 
 
-def tables(metric, splits):
-    """{title: [(row, keys into result.json)]}; the columns are the methods; a pair of keys is a difference.
-    """
-    def calibration(split):
-        return [(f"{kind.upper()}{after}, {split}", ("calibration", split, key))
-                for kind in ("ece", "mce") for after, key in (
-                    ("", kind), (" with T", f"{kind}_scaled"), (" fall by T", (kind, f"{kind}_scaled")))]
+def tables(metric, splits, factors):
+    """{title: [(row, {column: (run name without its unit, keys into result.json)})]}."""
+    def rows(label, *keys):
+        return [(label, {name: (name, keys) for name in METHODS})]
 
+    def by_split(*of):  # (label, keys before and behind the split)
+        return [row for split in splits for label, group, *behind in of for row in rows(f"{label}{split}", group, split, *behind)]
+
+    features = [(f"{label}, {split}", {"pre-trained": ("LP", ("features_pretrained", split, key))}
+                 | {name: (name, ("features", split, key)) for name in METHODS}) for split in splits
+                for label, key in (("CS(F)", "cs"), ("Diff(F)", "diff"), ("FDR(F)", "fdr"), ("Norm(F)", "norm"))]
+    kernel = [row for kernel in ("P", "F", "Theta") for label, key in (
+        ("rank", "rank"), ("Frobenius norm", "frobenius"), ("regression, train", "train_accuracy"),
+        ("regression, test", "test_accuracy"), ("per logit, train", "train_logit_accuracy"),
+        ("per logit, test", "test_logit_accuracy")) for row in rows(f"{label}, {kernel}", "ntk", kernel, key)]
     return {
-        f"{metric.capitalize()}, in and out of distribution (Tables 8, 10, 16)": [
-            (split, (metric, split)) for split in splits],
-        "Features (Tables 1, 11, 12)": [(f"{label}, {split}", ("features", split, key)) for split in splits
-                                        for label, key in (("CS(F)", "cs"), ("Diff(F)", "diff"), ("FDR(F)", "fdr"),
-                                                           ("Norm(F)", "norm"))],
-        "Head (Table 13)": [("Norm(C) at the start", ("head_norm_initial",)), ("Norm(C)", ("head_norm",)),
-                            ("Diff(C)", ("head_diff",))],
-        "Kernel at the start of the FT stage (Tables 2, 9)": [
-            (f"{label}, {kernel}", ("ntk", kernel, key)) for kernel in ("P", "F", "Theta") for label, key in
-            (("rank", "rank"), ("Frobenius norm", "frobenius"), ("regression, train accuracy", "train_accuracy"),
-             ("regression, test accuracy", "test_accuracy"), ("the same per logit, train", "train_logit_accuracy"),
-             ("the same per logit, test", "test_logit_accuracy"))
-        ] + [("FT ratio", ("ntk", "ft_ratio"))],
-        "Calibration (Tables 3, 14, 15)": [("T", ("temperature",)),
-                                           *(row for split in splits for row in calibration(split))],
+        f"{metric.capitalize()} (Tables 8, 10, 16)": by_split(("", metric)),
+        "Features (Tables 1, 11, 12)": features,
+        "Head (Table 13)": rows("Norm(C) at the start", "head_norm_initial") + rows("Norm(C)", "head_norm")
+        + rows("Diff(C)", "head_diff"),
+        "Kernel at the start of the FT stage (Tables 2, 9)": kernel + rows("FT ratio", "ntk", "ft_ratio"),
+        "Calibration (Tables 3, 14, 15)": rows("T", "temperature") + by_split(
+            ("ECE, ", "calibration", "ece"), ("ECE with T, ", "calibration", "ece_scaled"),
+            ("MCE, ", "calibration", "mce"), ("MCE with T, ", "calibration", "mce_scaled")),
+        "Diff(F) by factor on the starting head (Fig. 3, 10, 11)": [
+            (f"{name} × {factor:g}", {split: (scaled(name, factor), ("features", split, "diff")) for split in splits})
+            for name in ("FT", "LP-FT") for factor in (factors if len(factors) > 1 else ())],
     }
 
 
-def fill_table(rows, results, seeds):
-    """{row: {column: {mean, std, values, runs, key}}} over seeds, by method and, for features, pre-trained.
-    """
+def fill(rows, results, units):
+    """{row: {column: {mean, std, values, runs, key}}} of what every unit has."""
     table = {}
-    for row, keys in rows:
-        table[row] = {}
-        columns = {name: (name, keys) for name in METHODS}
-        if keys[0] == "features":
-            columns = {"pre-trained": ("LP", ("features_pretrained", *keys[1:]))} | columns
-        for column, (method, path) in columns.items():
-            found = {run: number_at(results[run], path) for run in (f"{method}-seed{seed}" for seed in seeds)}
+    for row, columns in rows:
+        for column, (name, keys) in columns.items():
+            found = {f"{name}-{unit}": look_up(results.get(f"{name}-{unit}"), *keys) for unit in units}
             if None not in found.values():
-                key = ".".join(" - ".join(key) if isinstance(key, tuple) else key for key in path)
-                table[row][column] = cell(found, key)
-                unfit = sum(bool(results[run].get("temperature_reason")) for run in found)
-                if unfit and keys == ("temperature",):
-                    table[row][column]["note"] = f", {unfit} not fitted"
+                table.setdefault(row, {})[column] = {
+                    "mean": statistics.mean(found.values()), "std": statistics.stdev(found.values()),
+                    "values": [*found.values()], "runs": [f"runs/{run}/result.json" for run in found],
+                    "key": ".".join(keys)}
     return table
-
-
-def scale_table(results, seeds, splits):
-    """A table as fill_table makes: {method and factor: {Diff(F) by split, kept epoch: cell}}, where all seeds
-    have it.
-    """
-    table, scales = {}, scale_names(results)
-    columns = [(f"Diff(F), {split}", ("features", split, "diff")) for split in splits] + [("kept epoch", ("kept_epoch",))]
-    for method in ("FT", "LP-FT") if len(scales) > 1 else ():
-        for factor, names in scales.items():
-            of_row = table[f"{method} × {factor:g}"] = {}  # stays empty where a seed lacks the run
-            for column, keys in columns:
-                found = {run: look_up(results.get(run), keys) for run in (f"{names[method]}-seed{s}" for s in seeds)}
-                if None not in found.values():
-                    of_row[column] = cell(found, ".".join(keys))
-    return table
-
-
-def tuning_table(tuning, plan):
-    """A table as fill_table makes: {method: {rate 1, rate 2, ...: {mean, std, values, runs, key, note}}}."""
-    table, metric = {}, next(iter(tuning.values()))["metric"]
-    for method, rates in by_rate(plan["tuning"]).items():
-        table[method], grid = {}, sorted(rates, key=float)
-        for i, rate in enumerate(grid, 1):
-            if found := validation_scores(tuning, rates[rate]):
-                edge = ", at the edge of the grid" * (rate in (grid[0], grid[-1]))
-                note = f" at {rate}" + f", chosen{edge}" * (rate == plan["rates"].get(method))
-                note += ", a run failed" * (len(found) < len(rates[rate]))
-                table[method][f"rate {i}"] = cell(found, f"val_{metric}") | {"note": note}
-    return table
-
-
-def number_at(result, keys):
-    """The number under `keys`, or None; a pair as the last key is the difference of two."""
-    *path, last = keys
-    if not isinstance(last, tuple):
-        return look_up(result, keys)
-    one, other = (look_up(result, (*path, key)) for key in last)
-    return None if None in (one, other) else one - other
-
-
-def cell(found, key):
-    """Mean and standard deviation of {run: number}, and where they come from."""
-    values = [*found.values()]
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None,
-            "values": values, "runs": [f"runs/{run}/result.json" for run in found], "key": key}
 
 
 def number(x):
-    """Three digits behind the point, fewer for large and for whole numbers, one that counts for very small
-    ones.
-    """
+    """Three digits behind the point, fewer for large and for whole numbers, one that counts for small ones."""
     if float(x).is_integer() or abs(x) >= 100:
         return f"{x:.0f}" if x else "0"
     return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}" if abs(x) >= 0.001 else f"{x:.1g}"
 
 
+def grid(head, rows):
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
+
+
+def table_grid(table):
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    return grid(["", *columns], [[row, *(f"{number(c['mean'])} ± {number(c['std'])}" if (c := cells.get(column)) else ""
+                                         for column in columns)] for row, cells in table.items()])
+
+
 # ---------------------------------------------------------------------------- the report
 
 
-TUNING = "Tuning: validation score by learning rate"
-READING = (
-    "How to read it. V is the head's weight, phi the features (the encoder's output for the first token). "
-    "CS(F) is the mean cosine similarity of the features of two texts, Diff(F) how far features moved from "
-    "the pre-trained ones, FDR(F) Fisher's ratio of the spread between classes to that within, Norm(F) their "
-    "mean length; Norm(C) and Diff(C) are ||V|| and how far V moved in the FT stage (in LP, from 0). Theta = "
-    "P + F is the neural tangent kernel of N training samples and C classes, an NC x NC matrix: P the head's "
-    "part, F the encoder's. Its rank counts singular values above 1.2e-7 NC times the largest, float32's "
-    "rounding. FT ratio is the length of F's part of the first step over that of the whole step. Kernel "
-    "regression is scored by class, and per logit: on each of the C yes-or-no decisions about a text. ECE "
-    "and MCE are the mean and the largest gap between confidence and accuracy (claim 7 goes by ECE: MCE is "
-    "the gap of one bin, often of few texts), T the temperature that logits are divided by. An empty cell: the method has no such number, or not in every seed. ± 0 over seeds: nothing in the run depends on the seed.")
+def interval(part):
+    if "mean" not in part:
+        return part["why"]
+    return f"{number(part['mean'])} ({number(part['lower'])} to {number(part['upper'])})"
+
+
+def tuning_grid(results, plan):
+    """Mean validation score by learning rate; the chosen one is bold."""
+    rows = []
+    for method, means in tuning_scores(results, plan["tuning"]).items():
+        rates = sorted(by_rate(plan["tuning"])[method], key=float)
+        rows.append([method, *(f"**{text}**" if rate == plan["rates"].get(method) else text for rate, text in (
+            (rate, f"{means[rate]:.3f} at {rate}" if rate in means else f"{rate}: a run failed") for rate in rates))])
+    return grid(["", *(f"rate {i}" for i in range(1, max(map(len, rows))))], rows)
+
+
+def commands(plan):
+    """One command of train.py for each kind of run; $unit stands for the units."""
+    rows, unit = [], str(plan["units"][-1])
+    for name, flags in plan["runs"].items():
+        if name.endswith(f"-{unit}"):
+            words = [word.replace(f"encoders/{unit}", "encoders/$unit") for word in flags]
+            words = ["$unit" if before in ("--seed", "--language") else word for before, word in zip(["", *words], words)]
+            rows.append([name.removesuffix(f"-{unit}"), f"`OMP_NUM_THREADS=1 python train.py {' '.join(words)}`"])
+    return grid(["runs", "command"], rows)
 
 
 def write_report(out):
-    """report.md, report.html and tables.json of the finished runs; prints the verdicts."""
+    """The files of the module; prints the verdicts."""
     plan = read_plan(out)
     results, tuning = (read_results(out, plan[key]) for key in ("runs", "tuning"))
-    missing = [name for name in plan["runs"] if name not in results]
-    try:
-        seeds = complete_seeds(results, plan["seeds"])
-    except ValueError as error:
-        raise ValueError(f"{out}: {error}") from None
-    first = results[f"LP-seed{seeds[0]}"]
+    units = complete_units(results, plan["units"])
+    first = results[f"LP-{units[0]}"]
     metric, splits = first["metric"], list(first[first["metric"]])
     if "test" not in splits:
         raise ValueError(f"{out}: its runs have no test split, which tables and claims are about")
-    filled = {title: fill_table(rows, results, seeds) for title, rows in tables(metric, splits).items()}
-    filled |= {"Diff(F) and kept epoch by factor on the starting head (Fig. 3, 10, 11)": scale_table(results, seeds, splits)}
-    if tuning:
-        filled |= {TUNING: tuning_table(tuning, plan)}
-    filled = {title: table for title, table in filled.items() if any(table.values())}
-    judged = judge(results, seeds)
-    content = {"seeds": seeds, "claims": judged, "tables": filled}
-    write_text(out / "tables.json", json.dumps(content, indent=1) + "\n")
-    name = Path(str(first.get("model"))).name
-    title = f"{Path(str(first.get('data'))).name} with {name}, {len(seeds)} seeds"
-    intro = introduction(out, plan, tuning, first, seeds)
-    if kernel := look_up(results[f"FT-seed{seeds[0]}"], ("ntk", "train_samples")):
-        intro[0] += f" The kernel is of {kernel} training samples, N."
-    commands = command_rows(plan["runs"], judged)
-    drawn, problems = figures.make_all(out, results, plan["seeds"])
-    if missing:
-        whys = ((name, last_error(out / "runs" / f"{name}.log")) for name in missing)
-        intro.append("Not finished: " + "; ".join(f"{name} ({why})" if why else name for name, why in whys)
-                     + ". A seed that lacks a run is left out, of every table or of the scaled heads: where "
-                     "training fails, what is said here is of the seeds in which it does not.")
-    unfit = {}  # {why T is 1: runs}
-    for run, result in results.items():
-        if result.get("temperature_reason") and "-scale" not in run:
-            unfit.setdefault(str(result["temperature_reason"]), []).append(run)
-    intro += [f"T is 1, not fitted, in {', '.join(runs)}: {why}." for why, runs in unfit.items()]
-    intro += [f"Not drawn: {problem}." for problem in problems]
-    text = as_markdown(title, intro, judged, filled, drawn, commands)
+    judged = judge(out, plan, results)
+    filled = {title: fill(rows, results, units) for title, rows in tables(metric, splits, scales_of(results)).items()}
+    filled = {title: table for title, table in filled.items() if table}
+    drawn, problems = figures.make_all(out, results, units)
+    write_text(out / "claims.json", json.dumps(judged, indent=1) + "\n")
+    write_text(out / "tables.json", json.dumps({"units": units, "tables": filled}, indent=1) + "\n")
+    text = as_markdown(out, plan, results, tuning, units, judged, filled, drawn, problems)
     write_text(out / "report.md", text)
-    write_text(out / "report.html", as_html(title, text, out))
+    write_text(out / "report.html", as_html(text, out))
     for i, claim in enumerate(judged, 1):
-        print(f"{i}. {claim['claim']}: {claim['verdict']}")
-    for problem in problems:
-        print(f"not drawn: {problem}")
-    print(f"report: {out / 'report.html'}, {out / 'report.md'}")
+        print(f"{i}. {claim['claim']}: {claim['primary']['verdict']}")
+    print("\n".join([*(f"not drawn: {problem}" for problem in problems),
+                     f"report: {out / 'report.html'}, {out / 'report.md'}"]))
 
 
-def introduction(out, plan, tuning, first, seeds):
-    """The paragraphs above the tables."""
-    used, rates = [], by_rate(plan["tuning"])  # used: what the runs' own configuration says
-    edges = [name for name in rates if plan["rates"].get(name) in (min(rates[name], key=float), max(rates[name], key=float))]
-    for name in METHODS:
-        config = read_json(out / "runs" / f"{name}-seed{seeds[0]}" / "config.json")
-        if "lr" in config:
-            used.append(f"{name} {config['lr']:g} ({config.get('batch_size')}, {config.get('epochs')})")
+def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, problems):
+    first = results[f"LP-{units[0]}"]
+    task = f"the task `{Path(str(first.get('data'))).name}`"
+    if plan["unit"] == "seed":
+        task += f" with the encoder `{Path(str(first.get('model'))).name}`"
     samples = ", ".join(f"{split} {count}" for split, count in first.get("samples", {}).items())
-    return [
-        f"Made by `{plan['command']}`. Samples: {samples}.",
-        "Mean ± standard deviation over seeds; intervals are the 95 % intervals of a mean over seeds "
-        "(Student's t), mostly of a paired difference. Seeds vary head, LoRA, dropout, order and the samples "
-        "of the kernel, and with --max-train the training samples: an interval says nothing about other "
-        "data, another encoder or other learning rates.",
-        "A part of a claim holds where its interval is above the bound, does not hold where none of it is, "
-        "and is undecided else. A claim holds where all its parts do, does not hold where one does not, and "
-        "is undecided else. Bounds other than 0 and the twice of claim 1 are this project's reading of the paper's \"far\", \"matches\" "
-        "and \"nearly\". All runs share the test samples: a score that is fewer than 6 of them from its "
-        "bound, or on the other side of it once they are added over splits, is undecided whatever the seeds "
-        "say. Every interval is 95 % by itself, not all of them together: of ten parts whose true values lie "
-        "exactly at their bounds, one or more would not hold by luck alone in about one claim of five.",
-        "Every number, with the files and the key behind it: `tables.json`.",
-        f"Learning rate (batch size, epochs): {', '.join(used)}. " + (
-            f"Rates were chosen by the mean validation score over two tuning seeds of their own, in the table \"{TUNING}\""
-            + (f"; at the edge of their grid, so that a rate beyond may be better: {', '.join(edges)}. " if edges else ". ")
-            if tuning else "Rates were tuned, by runs that are no longer there. " if plan["tuning"]
-            else "They are train.py's own, not tuned here. ")
-        + "The commands behind the claims are at the end.", READING]
-
-
-def command_rows(runs, judged):
-    """[[runs, claims, command]] of train.py, one for each kind of run behind the claims; $seed stands for the
-    seeds.
-    """
-    behind = {}  # {name without its seed: ({numbers of claims}, one run)}
-    for i, claim in enumerate(judged, 1):
-        for part in claim["parts"]:
-            for path, _ in part.get("sources", ()):
-                run = path.split("/")[1]
-                behind.setdefault(run.rsplit("-seed", 1)[0], ({}, run))[0][i] = True
-    rows = []
-    for name, (numbers, run) in behind.items():
-        words = [shlex.quote(flag) for flag in runs[run]]
-        words = ["$seed" if before == "--seed" else word for before, word in zip(["", *words], words)]
-        rows.append([name, ", ".join(map(str, numbers)), " ".join(["OMP_NUM_THREADS=1 python train.py", *words])])
-    return rows
-
-
-def claim_rows(judged):
-    """(cells, whether it heads a claim) of the table of claims."""
-    most = max(len(part.get("seeds", ())) for claim in judged for part in claim["parts"])
-    for i, claim in enumerate(judged, 1):
-        yield [f"{i}. {claim['claim']}", "", "", "", claim["verdict"]], True
-        for part in claim["parts"]:
-            numbers, why = ["", ""], f": {part['why']}" if "why" in part else ""
-            if "mean" in part:
-                numbers = [number(part["mean"]), f"{number(part['lower'])} to {number(part['upper'])}"]
-                why += f" ({len(part['seeds'])} seeds)" * (len(part["seeds"]) < most)
-            yield [part["part"], *numbers, f"> {part['margin']:g}", part["verdict"] + why], False
-
-
-def table_rows(table):
-    """(column names, [[row name, cell, ...]])."""
-    columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    return columns, [[row] + [as_text(cells[column]) if column in cells else "" for column in columns]
-                     for row, cells in table.items()]
-
-
-def as_text(cell):
-    std = "" if cell["std"] is None else f" ± {number(cell['std'])}"
-    return number(cell["mean"]) + std + cell.get("note", "")
-
-
-def as_markdown(title, intro, judged, filled, drawn, commands):
-    lines = [f"# {title}", "", "\n\n".join(intro), "", "## The seven claims", "",
-             "| measured | mean | 95 % interval | bound | verdict |", "|---|---|---|---|---|"]
-    for cells, heads in claim_rows(judged):
-        cells = [cell.replace("|", "\\|") for cell in cells]
-        lines.append("| " + " | ".join(f"**{cell}**" if heads and cell else cell for cell in cells) + " |")
-    for name, table in filled.items():
-        columns, rows = table_rows(table)
-        lines += ["", f"## {name}", "", "| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    for name, file in drawn.items():
-        lines += ["", f"## {name}", "", f"![{name}](figures/{file}.png)"]
-    lines += ["", "## The commands behind the claims", "", "| runs | claims | command |", "|---|---|---|"]
-    lines += [f"| {name} | {claims} | `{command}` |" for name, claims, command in commands]
+    used = {name: read_json(out / "runs" / f"{name}-{units[0]}" / "config.json") for name in METHODS}
+    rates = "; ".join(f"{name} {config['lr']:g} (batch {config.get('batch_size')}, {config.get('epochs')} epochs)"
+                      for name, config in used.items() if "lr" in config)
+    how = ("chosen on validation, in two units of their own" if plan["tuning"] else "given") + f": {rates}"
+    missing = [f"{name} ({last_error(out / 'runs' / f'{name}.log') or 'not finished'})" for name in plan["runs"]
+               if name not in results]
+    unfit = [run for run, result in results.items() if result.get("temperature_reason")]
+    notes = [f"Not finished, so left out: {', '.join(missing)}."] * bool(missing) + [
+        f"No temperature could be fitted in {', '.join(unfit)} (T is 1 there)."] * bool(unfit)
+    notes += [f"Not drawn: {problem}." for problem in problems]
+    sections = {"The seven claims": grid(
+        ["what the paper says", "what is measured", "mean (95 % interval)", "verdict", "why"],
+        [[f"{i}. {c['says']}", f"{c['primary']['measure']}, above {c['primary']['bound']:g}?", interval(c["primary"]),
+          f"**{c['primary']['verdict']}**", c["why"]] for i, c in enumerate(judged, 1)])}
+    sections |= {title: f"![{title}](figures/{file}.png)\n\n*{caption}*" for title, (file, caption) in drawn.items()}
+    sections["Further numbers of the claims"] = grid(
+        ["claim", "measured", "mean (95 % interval)"],
+        [[f"{i}", part["measure"], interval(part)] for i, c in enumerate(judged, 1) for part in c["parts"]])
+    sections["Words"] = WORDS
+    sections |= {title: table_grid(table) for title, table in filled.items()}
+    if plan["tuning"]:
+        sections["Learning rates: mean validation score"] = tuning_grid(tuning, plan)
+    sections["Commands"] = f"All of it: `{plan['command']}`. One run of each kind:\n\n{commands(plan)}"
+    anchors = {title: re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in sections}
+    lines = ["# Linear probing then fine-tuning: seven claims, measured", "", ABOUT.format(
+        task=task, units=f"{len(units)} {plan['unit']}s", unit=UNITS[plan["unit"]], rates=how), "",
+        f"Samples: {samples}. Every number, with the files behind it: `tables.json`, `claims.json`.", "", *notes, "",
+        "Contents: " + " · ".join(f"[{title}](#{anchor})" for title, anchor in anchors.items())]
+    for title, body in sections.items():
+        lines += ["", f'<a id="{anchors[title]}"></a>', "", f"## {title}", "", body]
     return "\n".join(lines) + "\n"
 
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1em; max-width: 1100px; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1em; max-width: 1000px; color: #222; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: clamp(11px, 2.9vw, 14px); }
 td, th { box-sizing: border-box; padding: .25em .3em; border-bottom: 1px solid #ddd; text-align: left;
          vertical-align: top; overflow-wrap: anywhere; hyphens: auto; }
-th { font-size: .85em; letter-spacing: -.02em; } th:first-child { width: 24%; }
 code { overflow-wrap: anywhere; } img { width: 100%; height: auto; }
 """
 
 
-def as_html(title, text, out):
+def as_html(text, out):
     """The Markdown as one file without references: figures are inside as base64, tables fold on a phone."""
     def inside(match):
         data = base64.b64encode((out / f"{match[1]}.svg").read_bytes()).decode()
@@ -303,11 +223,11 @@ def as_html(title, text, out):
 
     body = re.sub(r'src="(figures/[\w-]+)\.png"', inside, markdown.markdown(text, extensions=["tables"]))
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{title}</title><style>{STYLE}</style><body>{body}</body></html>\n")
+            f"<title>LP-FT: seven claims, measured</title><style>{STYLE}</style><body>{body}</body></html>\n")
 
 
 def main(argv=None):
-    parser = Parser("lab.report", description="Tables, figures and verdicts of a folder that lab.reproduce made.")
+    parser = Parser("lab.report", description="Report of a folder that lab.reproduce made.")
     parser.add_argument("folder", type=Path, help="the --out of lab.reproduce")
     args = parser.parse_args(argv)
     return exit_status("lab.report", lambda: write_report(args.folder))

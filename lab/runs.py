@@ -1,20 +1,27 @@
-"""What a folder of lab.reproduce holds: its plan, the results of its runs, the learning rates they choose."""
+"""What a folder of lab.reproduce holds: its plan, the results of its runs, the learning rates they choose.
 
+A run is named METHOD-UNIT, a tuning run tune-METHOD=RATE-UNIT, one from a scaled head METHOD-scaleS-UNIT. Units
+are what is drawn anew to see chance: on the embedded tasks the language (its encoder, texts and labels), else
+the seed.
+"""
+
+import math
 import statistics
 
-from lab.claims import look_up
+import numpy as np
+
 from plumbing.files import read_json
 
 METHODS = {"LP": ("lp", False), "FT": ("ft", False), "LoRA": ("ft", True), "LP-FT": ("lpft", False),
            "LP-LoRA": ("lpft", True)}  # (train.py's --method, --lora)
-PLAN = "plan.json"  # of lab.reproduce: {command, seeds, rates: {method: rate}, tuning and runs: {name: flags}}
+PLAN = "plan.json"  # {command, units, unit, rates: {method: rate}, tuning and runs: {name: train.py's flags}}
 
 
 def read_plan(out):
     if not (out / PLAN).is_file():
-        raise ValueError(f"{out}: holds no {PLAN}; expected the --out of lab.reproduce, its tuning runs finished")
+        raise ValueError(f"{out}: holds no {PLAN}; expected the --out of lab.reproduce, with its tuning finished")
     plan = read_json(out / PLAN)
-    types = {"command": str, "seeds": int, "rates": dict, "tuning": dict, "runs": dict}
+    types = {"command": str, "units": list, "unit": str, "rates": dict, "tuning": dict, "runs": dict}
     if not all(isinstance(plan.get(key), kind) for key, kind in types.items()):
         raise ValueError(f"{out / PLAN}: not what lab.reproduce writes")
     return plan
@@ -26,55 +33,70 @@ def read_results(out, runs):
     for name in runs:
         path = out / "runs" / name / "result.json"
         if path.is_file():
-            found[name] = read_json(path)
-            metric, seed = found[name].get("metric"), found[name].get("seed")
-            if seed is not None and not name.endswith(f"-seed{seed}"):
-                raise ValueError(f"{path}: is of seed {seed}; expected that in the name of its folder")
-            if not isinstance(found[name].get(metric), dict) or look_up(found[name], (f"val_{metric}",)) is None:
+            result = found[name] = read_json(path)
+            metric = result.get("metric")
+            if not isinstance(result.get(metric), dict) or look_up(result, f"val_{metric}") is None:
                 raise ValueError(f"{path}: not what train.py writes; expected a metric and its scores")
     return found
+
+
+def look_up(result, *keys):
+    """The number under `keys` in nested dicts, or the list of numbers as an array; None if it is not finite."""
+    for key in keys:
+        result = result.get(key) if isinstance(result, dict) else None
+    if isinstance(result, list):
+        numbers = result and all(isinstance(x, (int, float)) and math.isfinite(x) for x in result)
+        return np.array(result) if numbers else None
+    number = isinstance(result, (int, float)) and not isinstance(result, bool) and math.isfinite(result)
+    return result if number else None
 
 
 def last_error(log):
     """The last error that train.py wrote to a file, or None."""
     said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    said = [line.removeprefix("train.py: error: ") for line in said if line.startswith("train.py: error: ")]
+    said = [line.split(": error: ", 1)[1] for line in said if ": error: " in line]
     return said[-1] if said else None
 
 
-def complete_seeds(results, most, runs=tuple(METHODS)):
-    """The seeds from 1 to `most` of which every one of `runs` is finished; ValueError if they are not two."""
-    seeds = [seed for seed in range(1, most + 1) if all(f"{name}-seed{seed}" in results for name in runs)]
-    if len(seeds) < 2:
-        raise ValueError(f"{len(seeds)} of {most} seeds have a finished run of each of {', '.join(runs)}; "
-                         "expected two or more")
-    return seeds
+def complete_units(results, units):
+    """Those of the units in which every method is finished; ValueError if they are not two."""
+    complete = [unit for unit in units if all(f"{name}-{unit}" in results for name in METHODS)]
+    if len(complete) < 2:
+        raise ValueError(f"{len(complete)} of {len(units)} units have a finished run of every method; expected two "
+                         "or more")
+    return complete
 
 
-def by_rate(runs):
-    """{method: {learning rate: [names]}} of the names of tuning runs, tune-METHOD=RATE-seedS."""
+def scales_of(results):
+    """The factors on the starting head of which there are runs, rising; 1 is that of the main runs."""
+    return sorted({float(run.split("-scale")[1].rsplit("-", 1)[0]) for run in results if "-scale" in run} | {1.0})
+
+
+def scaled(name, factor):
+    """The name, without its unit, of the runs of a method from a scaled head."""
+    return name if factor == 1 else f"{name}-scale{factor:g}"
+
+
+def by_rate(tuning):
+    """{method: {rate: [runs]}} of the names of tuning runs."""
     found = {}
-    for run in runs:
-        method, rate = run.removeprefix("tune-").split("-seed")[0].split("=")
+    for run in tuning:
+        method, rate = run.removeprefix("tune-").rsplit("-", 1)[0].split("=")
         found.setdefault(method, {}).setdefault(rate, []).append(run)
     return found
 
 
-def validation_scores(tuning, runs):
-    """{run: validation score} of those of `runs` that are finished."""
-    return {run: tuning[run][f"val_{tuning[run]['metric']}"] for run in runs if run in tuning}
+def tuning_scores(results, tuning):
+    """{method: {rate: mean validation score}} of the rates of which every run is finished."""
+    return {method: {rate: statistics.mean(results[run][f"val_{results[run]['metric']}"] for run in runs)
+                     for rate, runs in rates.items() if all(run in results for run in runs)}
+            for method, rates in by_rate(tuning).items()}
 
 
-def choose_rates(tuning, planned):
-    """{method: learning rate} of the highest mean validation score; of equals the smallest.
-
-    Of the `planned` runs' rates those count of which every run is finished; ValueError if a method has none.
-    """
-    chosen = {}
-    for method, rates in by_rate(planned).items():
-        means = {rate: statistics.mean(validation_scores(tuning, runs).values()) for rate, runs in rates.items()
-                 if all(run in tuning for run in runs)}
-        if not means:
+def choose_rates(results, tuning):
+    """{method: rate of the highest mean validation score}; of equals the smallest. No test split is looked at."""
+    scores = tuning_scores(results, tuning)
+    for method in scores:
+        if not scores[method]:
             raise ValueError(f"no learning rate of {method} has all its tuning runs finished")
-        chosen[method] = max(means, key=lambda rate: (means[rate], -float(rate)))
-    return chosen
+    return {method: max(means, key=lambda rate: (means[rate], -float(rate))) for method, means in scores.items()}

@@ -18,7 +18,7 @@ from data import tiny
 from model import Classifier, Encoder, LoRALinear, add_lora, has_lora, merge_lora
 from plumbing.checkpoint import (check_config, huggingface_names, read_safetensors, read_tokenizer,
                                  save_pretrained, write_safetensors)
-from plumbing.files import read_json, write_json, write_text
+from plumbing.files import read_json, write_arrays, write_json, write_text
 
 
 def lora_settings(encoder):
@@ -45,7 +45,8 @@ def save_classifier(folder, model, tokenizer, task, temperature, max_length, dat
 
 
 def save_run(args, model, tokenizer, task, result):
-    """All that a finished run leaves: weights, --export, result.json."""
+    """All that a finished run leaves: weights, --export, logits, result.json."""
+    write_arrays(args.out / "logits.npz", **result.pop("logits"))
     temperature = result["temperature"]
     save_classifier(args.out, model, tokenizer, task, temperature, args.max_length, args.data,
                     result["temperature_reason"])

@@ -82,6 +82,8 @@ def add_common_flags(parser):
     add = parser.add_argument_group("samples").add_argument
     add("--data-dir", type=Path, metavar="DIR", help="where the files of the paper's data sets lie; python "
         "-m data.download gets them (default: datasets)")
+    add("--language", type=int, metavar="N", help="of an embedded task; --model has to be an encoder made for it by "
+        "python -m lab.pretrain --seed N (default: 0, whose encoder is --model tiny)")
     add("--max-length", type=int, default=128, metavar="L", help="cut texts to L tokens (default: 128)")
     add("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
     add("--max-test", type=int, metavar="N", help="keep N samples of test and of each OOD split, for every "
@@ -117,6 +119,8 @@ def check(parser, args):
         for flag, value in flags.items():
             if wrong and value is not None:
                 parser.error(f"{flag} has no effect: {why}")
+    if args.language is not None and args.data not in tiny.TASKS:
+        parser.error(f"--language has no effect: --data is {args.data}, not one of {', '.join(tiny.TASKS)}")
     if args.data_dir and args.data not in CORPORA:
         parser.error(f"--data-dir has no effect: --data is {args.data}, not one of {', '.join(CORPORA)}")
     if args.lp_scoring and args.lp_inverse_l2 is not None:
@@ -126,6 +130,7 @@ def check(parser, args):
         if value is not None and not 0 < value < 1e15:
             parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0, below 1e15")
     for flag, value, least, most in (("--max-test", args.max_test, 0, 10**15),
+                                     ("--language", args.language, 0, 10**6),
                                      ("--max-length", args.max_length, 8, 10**6),
                                      ("--seed", args.seed, 0, 2**32 - 1)):
         if value is not None and not least <= value <= most:
@@ -135,8 +140,10 @@ def check(parser, args):
 def fill_defaults(args):
     if args.method != "lp":
         # the learning rate belongs to the encoder first, to the task second
-        fallback, own = ("tiny", tiny.TRAIN_SIZES) if args.model == "tiny" else ("folder", CORPORA)
-        recipe = RECIPES[args.data if args.data in own else fallback]
+        name = "tiny-distractors" if args.data == "tiny-distractors" else "tiny"
+        if args.data not in tiny.TASKS and args.model != "tiny":
+            name = args.data if args.data in CORPORA else "folder"
+        recipe = RECIPES[name]
         batch_size, lr = recipe[STAGES.index((args.method, args.lora))]
         args.epochs = args.epochs or 10
         args.batch_size = args.batch_size or batch_size
@@ -146,10 +153,10 @@ def fill_defaults(args):
     if args.data in CORPORA:
         args.data_dir = args.data_dir or Path("datasets")
     if args.method != "ft" and args.lp_inverse_l2 is None:
-        args.lp_scoring = args.lp_scoring or "accuracy"
+        args.lp_scoring = args.lp_scoring or ("log-loss" if args.data in tiny.TASKS else "accuracy")
     for name in ("model", "data", "data_dir", "export"):  # so that --resume works from any folder
         value = getattr(args, name)
-        names = (None, "tiny", *tiny.TRAIN_SIZES, *CORPORA)
+        names = (None, "tiny", *tiny.TASKS, *CORPORA)
         if isinstance(value, Path) or value not in names and Path(value).is_dir():
             setattr(args, name, type(value)(os.path.abspath(value)))
     return args
@@ -175,6 +182,11 @@ def check_task(args, task, tokenizer, config):
     if args.max_length > config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
                          f"{config.max_length} tokens at most")
+    made_for = read_json(Path(tiny.ENCODER if args.model == "tiny" else args.model) / "config.json").get(
+        "language") if args.data in tiny.TASKS and (args.model == "tiny" or Path(args.model).is_dir()) else None
+    if made_for not in (None, args.language or 0):
+        raise ValueError(f"--language {args.language or 0}: the encoder {args.model} was made for language {made_for}; "
+                         f"python -m lab.pretrain --seed {args.language or 0} makes one for --model")
     unknown, tokens = count_unknown(tokenizer, task.splits["train"], task.pairs)
     if args.model == "tiny" and unknown > 0.2 * tokens:
         raise ValueError(f"--data {args.data}: {100 * unknown / tokens:.0f} % of its tokens are words that "
