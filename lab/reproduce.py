@@ -81,7 +81,9 @@ def parse_args(argv=None):
 
 
 def encoder_of(args, unit):
-    return args.out / "encoders" / str(unit) if args.unit == "language" and unit else args.model
+    """The encoder of a unit: of a language above 0 one made for it, beside --out, so that several folders share it."""
+    made = args.out.resolve().parent / "encoders" / str(unit)
+    return made if args.unit == "language" and unit else args.model
 
 
 def common_flags(args, name, unit):

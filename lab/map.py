@@ -1,0 +1,128 @@
+"""Accuracy in and out of distribution against the learning rate: the picture of LP-FT.
+
+    python -m lab.map                    eight languages, 30, 60 and 120 labels; --languages 3 for a first look
+
+One line a method, thin for each language, thick for their mean with its 95 % interval; LP, which has no rate, is
+a level. Written to --out: map.svg and .png (accuracy), map-mechanism.svg and .png (Diff(F), T and ECE), map.json.
+Runs that are there are not made again.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from lab import reproduce
+from lab.claims import paired_t
+from lab.figures import COLOURS, STYLE
+from lab.runs import METHODS, look_up, read_results
+from plumbing.files import write_text
+from plumbing.flags import Failed, Parser, exit_status
+
+RATES = {False: (1e-4, 3e-4, 1e-3, 3e-3), True: (5e-4, 2e-3, 5e-3, 1e-2)}  # {LoRA: grid}
+TASKS = {"tiny-30": "30 labels", "tiny": "60 labels", "tiny-120": "120 labels"}
+MEASURES = {"map": {"OOD accuracy": "ood", "ID accuracy": "id"},
+            "map-mechanism": {"Diff(F) in distribution": "diff", "temperature T": "temperature", "ECE": "ece"}}
+
+
+def map_runs(args, tasks):
+    """{name: flags of train.py}, named TASK/METHOD=RATE-LANGUAGE with . for /."""
+    runs = {}
+    for task in tasks:
+        for name, (method, lora) in METHODS.items():
+            for rate in RATES[lora] if method != "lp" else ("",):
+                for unit in args.units:
+                    flags = reproduce.common_flags(args, name, unit)
+                    flags[flags.index("--data") + 1] = task
+                    flags += ["--lr", f"{rate:g}"] if rate else []
+                    runs[f"{task}.{name}={rate}-{unit}"] = flags
+    return runs
+
+
+def measure(result, what):
+    """A number of a run; OOD is the mean over the other domains. T has none where it could not be fitted."""
+    ood = [value for split, value in result["accuracy"].items() if split != "test"]
+    return {"id": result["accuracy"]["test"], "ood": statistics.mean(ood), "diff": result["features"]["test"]["diff"],
+            "ece": result["calibration"]["test"]["ece"],
+            "temperature": look_up(result, "temperature") if not result["temperature_reason"] else np.nan}[what]
+
+
+def collect(results, tasks, units):
+    """{task: {method: {measure: [[number for each language] for each rate]}}}, of what every language has."""
+    found = {}
+    for task in tasks:
+        for name, (method, lora) in METHODS.items():
+            rates = [rate for rate in (RATES[lora] if method != "lp" else ("",))
+                     if all(f"{task}.{name}={rate}-{unit}" in results for unit in units)]
+            found.setdefault(task, {})[name] = {"rates": rates} | {
+                what: [[measure(results[f"{task}.{name}={rate}-{unit}"], what) for unit in units] for rate in rates]
+                for measures in MEASURES.values() for what in measures.values()}
+    return found
+
+
+def draw(found, measures, units):
+    """Rows are measures, columns tasks."""
+    figure, axes = plt.subplots(len(measures), len(found), figsize=(3.3 * len(found), 2.7 * len(measures)),
+                                squeeze=False, sharex=True, sharey="row")
+    for row, (title, what) in zip(axes, measures.items()):
+        for axis, (task, methods) in zip(row, found.items()):
+            for name, of in methods.items():
+                values, colour = np.array(of[what]), COLOURS[name]  # (rates, languages)
+                if not len(values) or name == "LP" and what in ("diff",):
+                    continue
+                rates = of["rates"] if name != "LP" else [min(RATES[False]), max(RATES[True])]
+                values = values if name != "LP" else np.repeat(values, 2, 0)
+                style = "--" if "LoRA" in name else ":" if name == "LP" else "-"
+                axis.plot(rates, values, color=colour, linewidth=0.6, alpha=0.35, linestyle=style)
+                intervals = [paired_t(list(v[np.isfinite(v)])) if np.isfinite(v).sum() > 1 else (np.nan,) * 4 for v in values]
+                mean, lower, upper, _ = np.array(intervals).T
+                axis.plot(rates, mean, color=colour, linewidth=2.5, linestyle=style, label=name)
+                axis.fill_between(rates, lower, upper, color=colour, alpha=0.15, linewidth=0)
+            axis.set(xscale="log", yscale="log" if what == "temperature" else "linear")
+            if row is axes[0]:
+                axis.set_title(TASKS[task])
+            if row is axes[-1]:
+                axis.set_xlabel("learning rate")
+        row[0].set_ylabel(title)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS))
+    return figure
+
+
+def make_map(args, tasks):
+    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    runs = map_runs(args, tasks)
+    reproduce.refuse_other_flags(args, runs)
+    failed = reproduce.run_all(args, reproduce.encoders(args), "encoders", 1) | reproduce.run_all(args, runs, "runs")
+    found = collect(read_results(args.out, runs), tasks, args.units)
+    write_text(args.out / "map.json", json.dumps({"languages": args.units, "tasks": found}) + "\n")
+    for file, measures in MEASURES.items():
+        with plt.rc_context(STYLE):
+            figure = draw(found, measures, args.units)
+            figure.savefig(args.out / f"{file}.svg", metadata={"Date": None})
+            figure.savefig(args.out / f"{file}.png", dpi=150)
+    print(f"map: {args.out / 'map.png'}, {args.out / 'map-mechanism.png'}, {args.out / 'map.json'}")
+    if failed:
+        raise Failed(f"{len(failed)} runs failed, so a point or more is missing; the same command tries them again")
+
+
+def main(argv=None):
+    parser = Parser("lab.map", description=__doc__.splitlines()[0])
+    parser.add_argument("--languages", type=int, default=8, metavar="N", help="languages 0 to N - 1 (default: 8)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="panels (default: all)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of the FT stage (default: 10)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes side by side (default: as lab.reproduce)")
+    parser.add_argument("--out", type=Path, default=Path("reproduction/map"), help="folder (default: reproduction/map)")
+    flags = parser.parse_args(argv)
+    words = ["--languages", str(flags.languages), "--rates", "1", "--out", str(flags.out)]
+    for name in ("epochs", "jobs"):
+        words += [f"--{name}", str(getattr(flags, name))] if getattr(flags, name) is not None else []
+    args = reproduce.parse_args(words)
+    return exit_status("lab.map", lambda: make_map(args, flags.tasks), lambda: "; the same command goes on")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
