@@ -15,7 +15,6 @@ import sys
 
 import plumbing  # noqa: F401  before torch
 import torch
-from tqdm import tqdm
 
 import ntk
 from data import draw_ntk_samples, load_task, read_task, tiny
@@ -40,7 +39,7 @@ def parse_args(argv=None):
     add("--lp-inverse-l2", type=float, metavar="C", help="fix LP's penalty (scikit-learn's C)")
     add("--model", default="tiny", metavar="{tiny,DIR,HUB}", help="tiny: the one in data/tiny_encoder; or "
         "a folder with a BERT or RoBERTa checkpoint; or its name on the Hugging Face hub (default: tiny)")
-    add("--data", default="tiny", metavar="NAME or DIR", help=f"embedded: {', '.join(flags.tiny.TASKS)}; or one of "
+    add("--data", default="tiny", metavar="NAME|DIR", help=f"{', '.join(flags.tiny.TASKS)}; or one of "
         f"the paper's, {', '.join(flags.CORPORA)}; or a folder with train, maybe val, test, ood_NAME, each "
         ".tsv, .csv or .jsonl with text (or text_a, text_b) and label (default: tiny)")
     add = parser.add_argument_group("FT stage (defaults by method, model and data are printed)").add_argument
@@ -96,7 +95,7 @@ def run(args, state):
 
 def load(args):
     """(Task, Encoder, Tokenizer); ValueError for data, encoder and flags that do not fit each other."""
-    rows = read_task(args.data, args.data_dir, args.language or 0)
+    rows = read_task(args.data, args.data_dir, args.language)
     encoder, tokenizer = checkpoint.load_pretrained(tiny.ENCODER if args.model == "tiny" else args.model)
     task = load_task(rows, tokenizer, args.max_length, None, args.max_train, args.seed, args.max_test)
     flags.check_task(args, task, tokenizer, encoder.config)
@@ -187,8 +186,7 @@ def ft_stage(args, model, tokenizer, task, state, lp_record):
     lines = [lp_record] if lp_record else []
 
     def on_epoch(record):
-        tqdm.write(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  {scores_of(record, task)}",
-                   file=sys.stdout)
+        print(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  {scores_of(record, task)}", flush=True)
         lines.append({"stage": "ft"} | record)
         files.write_lines(args.out / "metrics.jsonl", lines)
 
@@ -219,9 +217,9 @@ def evaluate(model, task, features_0, frozen=False):
     _, logits, labels = outcome("val")
     temperature, reason = fit_temperature(logits, labels), why_no_temperature(logits, labels)
     result = {"metric": task.metric, "val_accuracy": accuracy(logits, labels), f"val_{task.metric}":
-              score(logits, labels), "head_norm": float(model.head.weight.detach().norm()),
-              "temperature": temperature, "temperature_reason": reason,
-              "accuracy": {}, task.metric: {}, "features": {}, "features_pretrained": {}, "calibration": {}}
+              score(logits, labels), "temperature": temperature, "temperature_reason": reason, "accuracy": {},
+              "head_norm": float(model.head.weight.detach().norm()), task.metric: {}, "features": {},
+              "features_pretrained": {}, "calibration": {}}
     for name in task.test_names:
         features, logits, labels = outcome(name)
         result["accuracy"][name] = accuracy(logits, labels)

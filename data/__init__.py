@@ -124,7 +124,8 @@ class Rows:
 
 
 def read_task(name_or_directory, data_dir=None, language=0):
-    """Read a task as Rows; ValueError or FileNotFoundError for the first bad row. `language`: of the embedded tasks.
+    """Read a task as Rows; ValueError or FileNotFoundError for the first bad row. `language`: of the embedded
+    tasks.
 
     A task without val gives the last tenth of its training rows to validation, unshuffled.
     """

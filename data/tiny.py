@@ -7,13 +7,14 @@ positive. Seeded, so that the same seed is the same text everywhere.
     python -m data.tiny          prints ten samples per domain and task
 
     document          3 or 4 sentences for pre-training, one mood, the domain may change in between
-    tiny              3 sentences in the label's mood; 60 labelled texts, 20 of each class: few, so that where the
-                      head starts matters. tiny-30 and tiny-120 have fewer and more
-    tiny-distractors  2 sentences in the label's mood, 2 distractors: about a shared noun, in any mood; 200 texts
+    tiny              3 sentences in the label's mood; 60 labelled texts, 20 of each class: few, so that where
+                      the head starts matters. tiny-30 and tiny-120 have fewer and more
+    tiny-distractors  2 sentences in the label's mood, 2 distractors: about a shared noun, in any mood; 200
+    texts
 
-The rule of the distractors, "what is said of the weather does not count", is not linear in the features of the
-pre-trained encoder: LP reads only part of it, and the features must move. Another seed is another language: other
-words are liked and disliked, and it needs an encoder of its own (lab.pretrain).
+The rule of the distractors, "what is said of the weather does not count", is not linear in the features of
+the pre-trained encoder: LP reads only part of it, and the features must move. Another seed is another
+language: other words are liked and disliked, and it needs an encoder of its own (lab.pretrain).
 """
 
 import random

@@ -82,8 +82,8 @@ def add_common_flags(parser):
     add = parser.add_argument_group("samples").add_argument
     add("--data-dir", type=Path, metavar="DIR", help="where the files of the paper's data sets lie; python "
         "-m data.download gets them (default: datasets)")
-    add("--language", type=int, metavar="N", help="of an embedded task; --model has to be an encoder made for it by "
-        "python -m lab.pretrain --seed N (default: 0, whose encoder is --model tiny)")
+    add("--language", type=int, metavar="N", help="of an embedded task; --model has to be an encoder made "
+        "for it by python -m lab.pretrain --seed N (default: 0, whose encoder is --model tiny)")
     add("--max-length", type=int, default=128, metavar="L", help="cut texts to L tokens (default: 128)")
     add("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
     add("--max-test", type=int, metavar="N", help="keep N samples of test and of each OOD split, for every "
@@ -150,6 +150,8 @@ def fill_defaults(args):
         args.lr = args.lr or lr
     if args.lora:
         args.lora_r, args.lora_alpha = args.lora_r or 8, args.lora_alpha or 8.0
+    if args.data in tiny.TASKS:
+        args.language = args.language or 0
     if args.data in CORPORA:
         args.data_dir = args.data_dir or Path("datasets")
     if args.method != "ft" and args.lp_inverse_l2 is None:
@@ -182,11 +184,11 @@ def check_task(args, task, tokenizer, config):
     if args.max_length > config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
                          f"{config.max_length} tokens at most")
-    made_for = read_json(Path(tiny.ENCODER if args.model == "tiny" else args.model) / "config.json").get(
-        "language") if args.data in tiny.TASKS and (args.model == "tiny" or Path(args.model).is_dir()) else None
-    if made_for not in (None, args.language or 0):
-        raise ValueError(f"--language {args.language or 0}: the encoder {args.model} was made for language {made_for}; "
-                         f"python -m lab.pretrain --seed {args.language or 0} makes one for --model")
+    path = Path(tiny.ENCODER if args.model == "tiny" else args.model) / "config.json"
+    made_for = read_json(path).get("language") if args.data in tiny.TASKS and path.is_file() else None
+    if made_for not in (None, args.language):
+        raise ValueError(f"--language {args.language}: the encoder {args.model} was made for language "
+                         f"{made_for}; python -m lab.pretrain --seed {args.language} makes one for --model")
     unknown, tokens = count_unknown(tokenizer, task.splits["train"], task.pairs)
     if args.model == "tiny" and unknown > 0.2 * tokens:
         raise ValueError(f"--data {args.data}: {100 * unknown / tokens:.0f} % of its tokens are words that "

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 import subprocess
 
 import pytest
@@ -33,12 +34,12 @@ ROWS = [{"text": f"the screen was {word}", "label": label} for word, label in
 
 
 def test_the_same_seed_is_the_same_language():
-    assert tiny.load("tiny", seed=3) == tiny.load("tiny", seed=3)
-    assert tiny.load("tiny", seed=3) != tiny.load("tiny", seed=4)
+    assert tiny.load("tiny", language=3) == tiny.load("tiny", language=3)
+    assert tiny.load("tiny", language=3) != tiny.load("tiny", language=4)
 
 
 def test_every_generated_word_has_a_token(tokenizer):
-    texts = [text for task in tiny.TRAIN_SIZES for rows in tiny.load(task).values() for text, _ in rows]
+    texts = [text for task in tiny.TASKS for rows in tiny.load(task).values() for text, _ in rows]
     unknown = tokenizer.token_to_id("[UNK]")
     assert all(unknown not in e.ids for e in tokenizer.encode_batch(texts + tiny.Language().documents(500)))
 
@@ -51,8 +52,17 @@ def test_only_the_first_domain_is_trained_on():
         assert not words & set(tiny.NOUNS[domain] + tiny.ENTITIES[domain])
 
 
-def test_tiny_has_two_distractor_sentences_and_tiny_plain_has_none():
-    for task, expected in (("tiny", 2), ("tiny-plain", 0)):
+@pytest.mark.parametrize("task, count", [("tiny-30", 30), ("tiny", 60), ("tiny-120", 120)])
+def test_few_labels_are_as_many_of_each_class(task, count):
+    """Else a class may be nearly absent from 30 texts, and which one would be luck."""
+    splits = tiny.load(task)
+    assert Counter(label for _, label in splits["train"]) == dict.fromkeys(range(3), count // 3)
+    assert {split: len(texts) for split, texts in splits.items()} == {
+        "train": count, "val": 200, "test": 500, "films": 500, "hotels": 500, "meals": 500}
+
+
+def test_tiny_distractors_has_two_distractor_sentences_and_tiny_has_none():
+    for task, expected in (("tiny-distractors", 2), ("tiny", 0)):
         for text, _ in tiny.load(task)["val"]:
             sentences = text.split(" . ")
             about_shared = sum(any(w in tiny.SHARED_NOUNS for w in s.split()) for s in sentences)

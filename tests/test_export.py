@@ -30,7 +30,7 @@ TEXTS = [text for text, _ in tiny.load("tiny")["test"][:40]]
 def run(request, random_folder, tmp_path_factory):
     """(run folder, exported folder) of a short run, with and without LoRA."""
     folder = tmp_path_factory.mktemp("run") / request.param
-    assert train.main(["--method", "lpft", "--model", str(random_folder), "--data", "tiny-plain", "--epochs", "2",
+    assert train.main(["--method", "lpft", "--model", str(random_folder), "--data", "tiny-120", "--epochs", "2",
                        "--lr", "2e-3", "--max-length", "64", "--out", str(folder), "--export", f"{folder}-export"]
                       + LORA * (request.param == "lora")) == 0
     return folder, folder.with_name(f"{folder.name}-export")

@@ -22,7 +22,7 @@ from train import parse_args
 
 @pytest.fixture(scope="module")
 def small_task():
-    return load_task("tiny-plain", tiny.make_tokenizer(), max_train=60, max_test=0)
+    return load_task("tiny-120", tiny.make_tokenizer(), max_train=60, max_test=0)
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_the_ft_stage_gets_its_splits_and_the_flags_of_the_command(random_folder
     monkeypatch.setattr(command, "fine_tune", look)
     flags = "--method ft --max-train 60 --max-test 0 --seed 5 --lr 0.003 --batch-size 24 --epochs 3".split()
     assert command.main(["--model", str(random_folder), "--out", str(tmp_path / "run"), *flags]) == 2
-    assert handed["sizes"] == (60, 400) and handed["metric"] == "accuracy"
+    assert handed["sizes"] == (60, 200) and handed["metric"] == "accuracy"
     assert [handed[name] for name in ("seed", "lr", "batch_size", "epochs")] == [5, 0.003, 24, 3]
 
 

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def folder(random_folder, tmp_path_factory):
     """Runs of every method and two seeds, as lab.reproduce leaves them."""
     out = tmp_path_factory.mktemp("reproduction")
-    args = reproduce.parse_args(["--model", str(random_folder), "--data", "tiny-plain", "--max-train", "60", "--max-test",
+    args = reproduce.parse_args(["--model", str(random_folder), "--data", "tiny-120", "--max-train", "60", "--max-test",
                                  "80", "--epochs", "1", "--seeds", "2", "--ntk", "20", "--scales", "1", "10", "--out", str(out)])
     planned = reproduce.main_runs(args, {}) | reproduce.scale_runs(args, {})
     for name, flags in planned.items():
@@ -225,7 +225,7 @@ def test_without_the_packages_of_the_lab_one_line_says_how_to_get_them(tmp_path)
 
 def test_a_killed_reproduction_goes_on_and_repeats_nothing(random_folder, tmp_path):
     """SIGKILL in the second run: the first stays as it is, the second goes on."""
-    args = reproduce.parse_args(["--model", str(random_folder), "--data", "tiny-plain", "--max-train", "60",
+    args = reproduce.parse_args(["--model", str(random_folder), "--data", "tiny-120", "--max-train", "60",
                                  "--seeds", "2", "--jobs", "1", "--out", str(tmp_path)])
     planned = {name: flags for name, flags in reproduce.main_runs(args, {}).items() if name.startswith("LP-seed")}
     (tmp_path / "runs").mkdir()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -256,7 +257,7 @@ def test_the_kernel_needs_the_logits_of_its_own_samples_alone(random_folder, tmp
     monkeypatch.setattr(train, "predict", counted)
     arguments = command("ft", "--model", str(random_folder), "--ntk", "30", "--out", str(tmp_path / "run"))
     assert train.main(arguments) == 0
-    assert 60 not in sizes and sizes.count(80) == 2 * 4 and sizes.count(400) == 1  # train, tests, validation
+    assert 60 not in sizes and sizes.count(80) == 2 * 4 and sizes.count(200) == 1  # train, tests, validation
 
 
 def test_the_kernel_changes_nothing_but_what_is_reported(random_folder, tmp_path):
@@ -320,10 +321,29 @@ def test_lp_that_learns_by_heart_says_what_helps(flags, hint, random_folder, tmp
         assert result["train_accuracy"] > result["val_accuracy"] + 0.2
 
 
-def test_the_learning_rate_is_that_of_the_encoder(random_folder):
-    lr = {model: train.parse_args(["--method", "ft", "--model", model]).lr for model in ("tiny", "other")}
-    assert lr["tiny"] > 10 * lr["other"]
-    assert train.parse_args(["--method", "ft", "--data", "mine"]).lr == lr["tiny"]
+def test_the_learning_rate_is_that_of_the_embedded_task_or_of_the_encoder():
+    """A folder or a corpus on the tiny encoder trains as tiny does; on a real checkpoint at a real one's rate."""
+    lr = {words: train.parse_args(["--method", "ft", *words.split()]).lr for words in (
+        "", "--model made/for/language/3", "--data mine", "--data mine --model other", "--data cb --model other")}
+    assert lr[""] == lr["--model made/for/language/3"] == lr["--data mine"] == RECIPES["tiny"][0][1]
+    assert lr["--data mine --model other"] == RECIPES["folder"][0][1]
+    assert lr["--data cb --model other"] == RECIPES["cb"][0][1]
+
+
+def test_an_encoder_of_another_language_is_refused(tmp_path, capsys):
+    """Its words are liked and disliked otherwise: every number would be about nothing."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(tiny.ENCODER, folder)
+    for model, language, made_for in (("tiny", 3, 0), (str(folder), 0, 5)):
+        config = json.loads((tiny.ENCODER / "config.json").read_text()) | {"language": 5}
+        (folder / "config.json").write_text(json.dumps(config))
+        assert train.main(["--model", model, "--language", str(language), "--out", str(tmp_path / "run")]) == 2
+        assert f"was made for language {made_for}" in capsys.readouterr().err
+    assert train.main(["--model", str(folder), "--language", "5", "--method", "lp", "--out", str(tmp_path / "run")]) == 0
+    (folder / "config.json").write_text(json.dumps(config | {"language": None}))  # an encoder of none: no mismatch
+    assert train.main(["--model", str(folder), "--method", "lp", "--out", str(tmp_path / "other")]) == 0
+    results = [json.loads((tmp_path / name / "result.json").read_text())["accuracy"] for name in ("run", "other")]
+    assert results[0] != results[1]  # other texts
 
 
 def test_text_that_the_tiny_encoder_cannot_read_is_refused(random_folder, tmp_path, monkeypatch, capsys):
