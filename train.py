@@ -186,7 +186,8 @@ def ft_stage(args, model, tokenizer, task, state, lp_record):
     lines = [lp_record] if lp_record else []
 
     def on_epoch(record):
-        print(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  {scores_of(record, task)}", flush=True)
+        print(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  {scores_of(record, task)}",
+              flush=True)
         lines.append({"stage": "ft"} | record)
         files.write_lines(args.out / "metrics.jsonl", lines)
 

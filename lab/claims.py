@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from lab.runs import complete_units, look_up, scaled, scales_of
+from lab.runs import METHODS, complete_units, look_up, scaled, scales_of
 from lpft import calibration_error
 
 DRAWS = 2000  # of the bootstrap
@@ -213,9 +213,9 @@ def paired_t(values, bound=0.0):
     return mean, mean - half, mean + half, p
 
 
-def bootstrap(part, logits, values, draws=DRAWS):
+def bootstrap(part, logits, values, draws=None):
     """The same by drawing units and test texts again together; logits {unit: ({method: {split}}, {split: labels})}."""
-    rng, units, found = np.random.default_rng(0), [*logits], []
+    rng, units, found, draws = np.random.default_rng(0), [*logits], [], draws or DRAWS
     sizes = {split: len(labels) for split, labels in logits[units[0]][1].items()}
     for _ in range(draws):
         texts = {split: rng.integers(size, size=size) for split, size in sizes.items()}
@@ -229,10 +229,10 @@ def bootstrap(part, logits, values, draws=DRAWS):
 
 
 def read_logits(out, units):
-    """{unit: ({method: {split: logits (N, C)}}, {split: labels (N,)})} of LP, FT and LP-FT, or None."""
+    """{unit: ({method: {split: logits (N, C)}}, {split: labels (N,)})}, or None where a run has not saved them."""
     found = {}
     for unit in units:
-        files = {name: out / "runs" / f"{name}-{unit}" / "logits.npz" for name in ("LP", "FT", "LP-FT", "LoRA", "LP-LoRA")}
+        files = {name: out / "runs" / f"{name}-{unit}" / "logits.npz" for name in METHODS}
         if not all(path.is_file() for path in files.values()):
             return None
         saved = {name: dict(np.load(path)) for name, path in files.items()}

@@ -71,6 +71,12 @@ def run(seed=0):
     return {name: measure(path, x, y, x_ood, y_ood, B_0, S) for name, path in paths.items()}
 
 
+def mean_of(seeds=10):
+    """The mean of run over drawn problems."""
+    runs = [run(seed) for seed in range(seeds)]
+    return {name: torch.stack([found[name] for found in runs]).mean(0) for name in runs[0]}
+
+
 def draw(found):
     titles = ("training loss", "OOD loss", "change of B on S", "change of B off S")
     figure, axes = plt.subplots(1, 4, figsize=(12, 2.9))
@@ -88,12 +94,12 @@ def main(argv=None):
     out = parser.parse_args(argv).out
 
     def work():
-        found = run()
+        found = mean_of()
         with plt.rc_context(STYLE):
             draw(found).savefig(out, dpi=150)
-        print(f"{'':8s}{'train loss':>12s}{'OOD loss':>12s}{'B on S':>10s}{'B off S':>10s}")
+        print(f"{'mean of 10':10s}{'train loss':>12s}{'OOD loss':>12s}{'B on S':>10s}{'B off S':>10s}")
         for name, values in found.items():
-            print(f"{name:8s}" + "".join(f"{x:{w}.3g}" for x, w in zip(values[-1].tolist(), (12, 12, 10, 10))))
+            print(f"{name:10s}" + "".join(f"{x:{w}.3g}" for x, w in zip(values[-1].tolist(), (12, 12, 10, 10))))
         print(f"figure: {out}")
 
     return exit_status("lab.linear_toy", work)

@@ -77,7 +77,7 @@ def draw(found, measures, units):
                 values = values if name != "LP" else np.repeat(values, 2, 0)
                 style = "--" if "LoRA" in name else ":" if name == "LP" else "-"
                 axis.plot(rates, values, color=colour, linewidth=0.6, alpha=0.35, linestyle=style)
-                intervals = [paired_t(list(v[np.isfinite(v)])) if np.isfinite(v).sum() > 1 else (np.nan,) * 4 for v in values]
+                intervals = [paired_t(v[np.isfinite(v)].tolist()) if np.isfinite(v).sum() > 1 else (np.nan,) * 4 for v in values]
                 mean, lower, upper, _ = np.array(intervals).T
                 axis.plot(rates, mean, color=colour, linewidth=2.5, linestyle=style, label=name)
                 axis.fill_between(rates, lower, upper, color=colour, alpha=0.15, linewidth=0)

@@ -88,10 +88,10 @@ def encoder_of(args, unit):
 
 def common_flags(args, name, unit):
     """train.py's flags of one run of a method."""
-    method, lora = METHODS[name]
-    handed = list(args.handed)
+    (method, lora), handed = METHODS[name], list(args.handed)
     if method == "lp" and "--epochs" in handed:  # LP has none
-        del handed[handed.index("--epochs"):][:2]
+        place = handed.index("--epochs")
+        del handed[place:place + 2]
     language = ["--language", str(unit)] if args.unit == "language" else []
     return ["--method", method, *["--lora"] * lora, "--data", args.data, "--model", str(encoder_of(args, unit)),
             *language, "--seed", str(unit), *handed]
