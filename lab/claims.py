@@ -1,12 +1,14 @@
 """The paper's seven claims, each decided by one number: its primary endpoint.
 
-    judge(out, plan, results) -> [{claim, says, primary: {measure, mean, lower, upper, units, verdict}, parts, why}]
+    judge(out, plan, results) -> [{claim, says, primary: {measure, mean, lower, upper, units, verdict}, parts,
+    why}]
 
 An endpoint is a number that each unit gives (a language with its encoder, texts and labels; on real data a
-seed), mostly the paired difference of two methods. Where units share their test texts and the endpoint is made
-of predictions, the interval is by bootstrap: units and texts are drawn again together, from the saved logits.
-Elsewhere it is Student's t. The verdict compares the endpoint with its bound: Holm's procedure over the seven
-keeps the chance that any verdict is wrong at 5 %. Parts are further numbers, with intervals and without verdict.
+seed), mostly the paired difference of two methods. Where units share their test texts and the endpoint is
+made of predictions, the interval is by bootstrap: units and texts are drawn again together, from the saved
+logits. Elsewhere it is Student's t. The verdict compares the endpoint with its bound: Holm's procedure over
+the seven keeps the chance that any verdict is wrong at 5 %. Parts are further numbers, with intervals and
+without verdict.
 """
 
 import math
@@ -53,7 +55,8 @@ class Unit:
         self.results, self.unit = results, unit
 
     def number(self, name, *keys):
-        """The number, or the array of numbers, under `keys` in the result of a run; NotMeasured without it."""
+        """The number, or the array of numbers, under `keys` in the result of a run; NotMeasured without it.
+        """
         found = look_up(self.results.get(f"{name}-{self.unit}"), *keys)
         if found is None:
             raise NotMeasured(f"no {'.'.join(keys)} in {name}-{self.unit}")
@@ -205,7 +208,8 @@ def measure(part, results, units, logits=None):
 
 
 def paired_t(values, bound=0.0):
-    """(mean, lower, upper, p): the 95 % interval of the mean, Student's t, and p of the mean being `bound`."""
+    """(mean, lower, upper, p): the 95 % interval of the mean, Student's t, and p of the mean being `bound`.
+    """
     n, mean = len(values), statistics.mean(values)
     error = statistics.stdev(values) / math.sqrt(n)
     half = stats.t.ppf(0.975, n - 1) * error
@@ -214,7 +218,9 @@ def paired_t(values, bound=0.0):
 
 
 def bootstrap(part, logits, values, draws=None):
-    """The same by drawing units and test texts again together; logits {unit: ({method: {split}}, {split: labels})}."""
+    """The same by drawing units and test texts again together; logits {unit: ({method: {split}}, {split:
+    labels})}.
+    """
     rng, units, found, draws = np.random.default_rng(0), [*logits], [], draws or DRAWS
     sizes = {split: len(labels) for split, labels in logits[units[0]][1].items()}
     for _ in range(draws):
@@ -229,7 +235,9 @@ def bootstrap(part, logits, values, draws=None):
 
 
 def read_logits(out, units):
-    """{unit: ({method: {split: logits (N, C)}}, {split: labels (N,)})}, or None where a run has not saved them."""
+    """{unit: ({method: {split: logits (N, C)}}, {split: labels (N,)})}, or None where a run has not saved
+    them.
+    """
     found = {}
     for unit in units:
         files = {name: out / "runs" / f"{name}-{unit}" / "logits.npz" for name in METHODS}
@@ -243,7 +251,9 @@ def read_logits(out, units):
 
 
 def holm(ps, level=0.05):
-    """Which of the hypotheses Holm's procedure rejects, so that any is wrongly rejected with 5 % chance at most."""
+    """Which of the hypotheses Holm's procedure rejects, so that any is wrongly rejected with 5 % chance at
+    most.
+    """
     rejected, going = [False] * len(ps), True
     for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
         going = going and ps[i] <= level / (len(ps) - rank)

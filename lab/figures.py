@@ -1,7 +1,8 @@
 """The paper's figures from a folder of runs that lab.reproduce made, as .svg and .png.
 
-Each function draws one; `make_all` draws what can be drawn and says why the rest cannot. Colours are Okabe and
-Ito's, which colour-blind readers tell apart, one to a method throughout (one to a class in the maps of features).
+Each function draws one; `make_all` draws what can be drawn and says why the rest cannot. Colours are Okabe
+and Ito's, which colour-blind readers tell apart, one to a method throughout (one to a class in the maps of
+features).
 """
 
 import functools
@@ -53,7 +54,9 @@ def metrics(out, name, unit):
 
 
 def head_norms(out, results, units):
-    """Fig. 1, 4: head norm and training accuracy along LP and along the FT stage, and the norms that are kept."""
+    """Fig. 1, 4: head norm and training accuracy along LP and along the FT stage, and the norms that are
+    kept.
+    """
     figure, (lp, ft, accuracy, end) = panels(4)
     norms, accuracies = zip(*metrics(out, "LP", units[0])[0]["path"])
     line, = lp.plot(norms, color=COLOURS["LP"])
@@ -101,7 +104,8 @@ def spectra(out, results, units):
 
 
 def trace_norms(out, results, units):
-    """Fig. 8, 9: trace norm of each C x C block, all panels on one logarithmic scale; lines part the classes."""
+    """Fig. 8, 9: trace norm of each C x C block, all panels on one logarithmic scale; lines part the classes.
+    """
     classes = short(read_json(out / "runs" / f"LP-FT-{units[0]}" / "classifier.json")["labels"])
     drawn = [("LP-FT", "P", "pretrain")] + [(name, "F", "ft") for name in METHODS if name != "LP"]
     norms = []
@@ -168,7 +172,9 @@ def load_run(out, name, unit):
 
 
 def feature_maps(out, results, units, load):
-    """Fig. 5, 6: t-SNE of test features (dots) with the head's rows (stars), stretched to the features' length."""
+    """Fig. 5, 6: t-SNE of test features (dots) with the head's rows (stars), stretched to the features'
+    length.
+    """
     figure, axes = panels(len(METHODS))
     for axis, name in zip(axes, METHODS):
         features, _, _, head, labels, names = load(name, units[0])
@@ -197,7 +203,9 @@ def feature_maps(out, results, units, load):
 
 
 def reliability(out, results, units, load):
-    """Accuracy against confidence in 15 bins over the test texts of all units, the larger the mark the more texts."""
+    """Accuracy against confidence in 15 bins over the test texts of all units, the larger the mark the more
+    texts.
+    """
     figure, axes = panels(len(METHODS))
     for axis, name in zip(axes, METHODS):
         runs = [load(name, unit) for unit in units]
@@ -220,24 +228,26 @@ def reliability(out, results, units, load):
 
 
 def make_all(out, results, units):
-    """Draw what there are runs for into out/figures: ({title: (file name without suffix, caption)}, what is not)."""
+    """Draw what there are runs for into out/figures: ({title: (file name without suffix, caption)}, what is
+    not).
+    """
     (out / "figures").mkdir(exist_ok=True)
     load = functools.cache(lambda name, unit: load_run(out, name, unit))
     figures = {
-        "The head grows (Fig. 1, 4)": ("head-norm", head_norms, "What to see: in LP the head's norm goes on growing "
-            "after training accuracy has levelled off; in the FT stage it hardly moves from where it starts."),
-        "Feature change against the head (Fig. 3, 10, 11)": ("head-scale", head_scales, "What to see: the larger the "
-            "head that training starts from, the less features move."),
-        "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, "What to see: F reaches further to the right, it has "
-            "the higher rank; dashed (LoRA) and solid (FT) lines lie near each other."),
-        f"Trace norms of P and F, unit {units[0]} (Fig. 8, 9)": ("trace-norms", trace_norms, "What to see: one scale "
-            "for all. F is small where FT starts from a random head, and many times larger after LP."),
+        "The head grows (Fig. 1, 4)": ("head-norm", head_norms, "What to see: in LP the head's norm goes on "
+            "growing after training accuracy has levelled off; in the FT stage it hardly moves from where it starts."),
+        "Feature change against the head (Fig. 3, 10, 11)": ("head-scale", head_scales, "What to see: the "
+            "larger the head that training starts from, the less features move."),
+        "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, "What to see: F reaches further to the right, "
+            "it has the higher rank; dashed (LoRA) and solid (FT) lines lie near each other."),
+        f"Trace norms of P and F, unit {units[0]} (Fig. 8, 9)": ("trace-norms", trace_norms, "What to see: "
+            "one scale for all. F is small where FT starts from a random head, and many times larger after LP."),
         f"Test features and head rows, unit {units[0]} (Fig. 5, 6)": (
-            "features", lambda *some: feature_maps(*some, load), "What to see (t-SNE): methods that train the encoder "
-            "pull the classes apart; the rows of the head lie at the clusters."),
+            "features", lambda *some: feature_maps(*some, load), "What to see (t-SNE): methods that train "
+            "the encoder pull the classes apart; the rows of the head lie at the clusters."),
         "Reliability before and after temperature scaling": (
-            "reliability", lambda *some: reliability(*some, load), "What to see: points below the diagonal are too "
-            "sure, above it too unsure. Dividing by T moves the large marks, most texts, to the diagonal."),
+            "reliability", lambda *some: reliability(*some, load), "What to see: points below the diagonal "
+            "are too sure, above it too unsure. Dividing by T moves the large marks, most texts, to the diagonal."),
     }
     drawn, problems = {}, []
     for title, (file, draw, caption) in figures.items():

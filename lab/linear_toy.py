@@ -2,20 +2,22 @@
 
     python -m lab.linear_toy             seconds; --out FILE for the figure (default: linear-toy.png)
 
-The network is f(x) = v^T B x. The truth is f*(x) = v*^T B* x, and pre-training has found B_0, which is B* but for a
-small error. Training inputs lie in a subspace S of the input space; OOD inputs are everywhere. The gradient by B
-is a sum of v (error_i) x_i^T: B changes on S alone, and what lies orthogonal to S stays as it is (Cor. 4.3). FT from a
-random v has large errors at first, and moves B a lot, but only on S: on S and off S the features no longer fit
-together, and v, which fits S, is wrong off S. LP finds v first; then errors are small, and B hardly moves.
+The network is f(x) = v^T B x. The truth is f*(x) = v*^T B* x, and pre-training has found B_0, which is B* but
+for a small error. Training inputs lie in a subspace S of the input space; OOD inputs are everywhere. The
+gradient by B is a sum of v (error_i) x_i^T: B changes on S alone, and what lies orthogonal to S stays as it
+is (Cor. 4.3). FT from a random v has large errors at first, and moves B a lot, but only on S: on S and off S
+the features no longer fit together, and v, which fits S, is wrong off S. LP finds v first; then errors are
+small, and B hardly moves.
 
-In this model P is the same under LoRA and FT, and F under LoRA concentrates around sigma^2 r F_FT (Prop. 4.4).
+In this model P is the same under LoRA and FT, and F under LoRA concentrates around sigma^2 r F_FT (Prop.
+4.4).
 """
 
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
+import numpy as np
 
 from lab.figures import COLOURS, STYLE
 from plumbing.flags import Parser, exit_status
@@ -24,57 +26,53 @@ D, H, K, N = 20, 5, 8, 40  # input width, feature width, dimension of S, trainin
 
 
 def problem(seed=0, error=0.05):
-    """(x (N, D) in S, y (N,), OOD x, OOD y, B_0 (H, D), basis of S (D, K)), float64."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.double)
-
-    B_true = torch.linalg.qr(normal(D, H))[0].T  # orthonormal rows
+    """(x (N, D) in S, y (N,), OOD x, OOD y, B_0 (H, D), basis of S (D, K), a random v (H,))."""
+    normal = np.random.default_rng(seed).standard_normal
+    B_true = np.linalg.qr(normal((D, H)))[0].T  # orthonormal rows
     v_true = normal(H) / H**0.5
-    S = torch.linalg.qr(normal(D, K))[0]
-    x, x_ood = normal(N, K) @ S.T, normal(1000, D)
-    B_0 = torch.linalg.qr((B_true + error * normal(H, D)).T)[0].T
-    B_0 = torch.linalg.svd(B_true @ B_0.T)[0] @ torch.linalg.svd(B_true @ B_0.T)[2] @ B_0  # the same rotation
-    return x, x @ B_true.T @ v_true, x_ood, x_ood @ B_true.T @ v_true, B_0, S
+    S = np.linalg.qr(normal((D, K)))[0]
+    x, x_ood = normal((N, K)) @ S.T, normal((1000, D))
+    B_0 = np.linalg.qr((B_true + error * normal((H, D))).T)[0].T
+    left, _, right = np.linalg.svd(B_true @ B_0.T)
+    B_0 = left @ right @ B_0  # QR may turn it; this turns it back
+    return x, x @ B_true.T @ v_true, x_ood, x_ood @ B_true.T @ v_true, B_0, S, normal(H)
 
 
 def linear_probe(x, y, B):
     """The v of least squares on frozen features."""
-    return torch.linalg.lstsq(x @ B.T, y).solution
+    return np.linalg.lstsq(x @ B.T, y, rcond=None)[0]
 
 
-def fine_tune(x, y, v, B, steps=3000, lr=0.01):
-    """Gradient descent on the mean squared error by v and B; [(v, B)] along the way."""
+def fine_tune(x, y, v, B, steps=2000, lr=0.02):
+    """Gradient descent on half the mean squared error by v and B; [(v, B)] along the way."""
     path = [(v, B)]
     for _ in range(steps):
-        errors = x @ B.T @ v - y  # (N,)
-        grad_v, grad_B = (x @ B.T).T @ errors / len(x), torch.outer(v, errors @ x) / len(x)
-        v, B = v - lr * grad_v, B - lr * grad_B
+        features = x @ B.T  # (N, H)
+        errors = features @ v - y  # (N,)
+        v, B = v - lr * features.T @ errors / len(x), B - lr * np.outer(v, errors @ x) / len(x)
         path.append((v, B))
     return path
 
 
 def measure(path, x, y, x_ood, y_ood, B_0, S):
     """For each point of a path: training loss, OOD loss, change of B on S, and orthogonal to S."""
-    off = torch.eye(D, dtype=torch.double) - S @ S.T
-    return torch.tensor([[((x @ B.T @ v - y)**2).mean(), ((x_ood @ B.T @ v - y_ood)**2).mean(),
-                          ((B - B_0) @ S).norm(), ((B - B_0) @ off).norm()] for v, B in path[::50]])
+    off = np.eye(D) - S @ S.T
+    return np.array([[np.mean((x @ B.T @ v - y)**2), np.mean((x_ood @ B.T @ v - y_ood)**2),
+                      np.linalg.norm((B - B_0) @ S), np.linalg.norm((B - B_0) @ off)] for v, B in path])
 
 
 def run(seed=0):
-    """{method: (points, 4)} of measure: FT from a random head, LP, LP-FT."""
-    x, y, x_ood, y_ood, B_0, S = problem(seed)
-    random_head = torch.randn(H, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.double)
+    """{method: (points, 4)} of measure: FT from a random head, LP, LP-FT; every 50 steps."""
+    x, y, x_ood, y_ood, B_0, S, random_head = problem(seed)
     head = linear_probe(x, y, B_0)
-    paths = {"FT": fine_tune(x, y, random_head, B_0), "LP": [(head, B_0)] * 3001, "LP-FT": fine_tune(x, y, head, B_0)}
-    return {name: measure(path, x, y, x_ood, y_ood, B_0, S) for name, path in paths.items()}
+    paths = {"FT": fine_tune(x, y, random_head, B_0), "LP": [(head, B_0)] * 2001, "LP-FT": fine_tune(x, y, head, B_0)}
+    return {name: measure(path[::50], x, y, x_ood, y_ood, B_0, S) for name, path in paths.items()}
 
 
 def mean_of(seeds=10):
     """The mean of run over drawn problems."""
     runs = [run(seed) for seed in range(seeds)]
-    return {name: torch.stack([found[name] for found in runs]).mean(0) for name in runs[0]}
+    return {name: np.mean([found[name] for found in runs], 0) for name in runs[0]}
 
 
 def draw(found):
@@ -82,7 +80,7 @@ def draw(found):
     figure, axes = plt.subplots(1, 4, figsize=(12, 2.9))
     for axis, title, i in zip(axes, titles, range(4)):
         for name, values in found.items():
-            axis.plot(range(0, 3001, 50), values[:, i].clamp(min=1e-12), color=COLOURS[name], label=name)
+            axis.plot(range(0, 2001, 50), values[:, i].clip(1e-12), color=COLOURS[name], label=name)
         axis.set(title=title, xlabel="step", yscale="log" if i < 2 else "linear")
     axes[0].legend()
     return figure

@@ -2,9 +2,9 @@
 
     python -m lab.map                    eight languages, 30, 60 and 120 labels; --languages 3 for a first look
 
-One line a method, thin for each language, thick for their mean with its 95 % interval; LP, which has no rate, is
-a level. Written to --out: map.svg and .png (accuracy), map-mechanism.svg and .png (Diff(F), T and ECE), map.json.
-Runs that are there are not made again.
+One line a method, thin for each language, thick for their mean with its 95 % interval; LP, which has no rate,
+is a level. Written to --out: map.svg and .png (accuracy), map-mechanism.svg and .png (Diff(F), T and ECE),
+map.json. Runs that are there are not made again.
 """
 
 import json

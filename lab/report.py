@@ -2,9 +2,9 @@
 
     python -m lab.report reproduction/tiny-tiny
 
-writes into the folder report.md, report.html (the same as one file with everything in it), claims.json (the seven
-claims, see claims.py), tables.json (every number, the key it has in the result.json files, and these files) and
-figures/. What is there is read in runs.py, figures are drawn in figures.py.
+writes into the folder report.md, report.html (the same as one file with everything in it), claims.json (the
+seven claims, see claims.py), tables.json (every number, the key it has in the result.json files, and these
+files) and figures/. What is there is read in runs.py, figures are drawn in figures.py.
 """
 
 import base64
@@ -32,11 +32,11 @@ RoBERTa-base on thirteen data sets with five seeds. This page measures their sev
 {unit} Every interval is the 95 % interval of a mean over units, mostly of a paired difference. A claim *holds* or
 *does not hold* where its first number is told from its bound (Holm's procedure over the seven: all verdicts together are
 right with 95 %); else it is *undecided*. Learning rates were {rates}."""
-UNITS = {"language": "A unit is a language: its own word preferences, its own pre-trained encoder, its own texts and labels. "
-                     "So an interval says what happens in another language of the kind.",
-         "seed": "A unit is a seed: head, LoRA, dropout, order and the drawn samples. Numbers made of predictions are drawn "
-                 "again with the test texts (bootstrap); the others say nothing about other texts, and none about another "
-                 "data set or encoder."}
+UNITS = {"language": "A unit is a language: its own word preferences, its own pre-trained encoder, its own "
+                     "texts and labels. So an interval says what happens in another language of the kind.",
+         "seed": "A unit is a seed: head, LoRA, dropout, order and the drawn samples. Numbers made of "
+                 "predictions are drawn again with the test texts (bootstrap); the others say nothing about "
+                 "other texts, and none about another data set or encoder."}
 WORDS = """\
 V is the head's weight, phi(x) the features, the encoder's output for the first token. CS(F): mean cosine similarity of
 the features of two texts. Diff(F): how far features moved from the pre-trained ones. FDR(F): Fisher's ratio of the spread
@@ -95,7 +95,8 @@ def fill(rows, results, units):
 
 
 def number(x):
-    """Three digits behind the point, fewer for large and for whole numbers, one that counts for small ones."""
+    """Three digits behind the point, fewer for large and for whole numbers, one that counts for small ones.
+    """
     if float(x).is_integer() or abs(x) >= 100:
         return f"{x:.0f}" if x else "0"
     return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}" if abs(x) >= 0.001 else f"{x:.1g}"
@@ -222,8 +223,8 @@ def as_html(text, out):
         return f'src="data:image/svg+xml;base64,{data}"'
 
     body = re.sub(r'src="(figures/[\w-]+)\.png"', inside, markdown.markdown(text, extensions=["tables"]))
-    return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>LP-FT: seven claims, measured</title><style>{STYLE}</style><body>{body}</body></html>\n")
+    return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
+            f"content='width=device-width'><title>LP-FT: seven claims, measured</title><style>{STYLE}</style><body>{body}</body></html>\n")
 
 
 def main(argv=None):

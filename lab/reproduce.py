@@ -6,8 +6,8 @@
 A plain list of commands, each of which does nothing if its run is finished: encoders of other languages
 (lab.pretrain), then learning rates on the validation of two units of their own, then LP, FT, LoRA, LP-FT and
 LP-LoRA on every unit, with the kernel, and FT and LP-FT from scaled heads; at the end the report. `--list`
-prints what is left of the list, one shell command a line, for other machines; `--report` makes the report of what
-is there. Any further flag, such as --max-train 500, goes to train.py.
+prints what is left of the list, one shell command a line, for other machines; `--report` makes the report of
+what is there. Any further flag, such as --max-train 500, goes to train.py.
 
 A run that fails is named, and the others go on. Exit status: 0 done, 2 bad input, 1 a run failed, 130
 interrupted; the same command goes on.
@@ -40,21 +40,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse_args(argv=None):
-    parser = Parser("lab.reproduce", description="Regenerate the paper's tables and judge its claims. Further flags go "
-                    "to train.py.")
+    parser = Parser("lab.reproduce", description="Regenerate the paper's tables and judge its claims. "
+                    "Further flags go to train.py.")
     add = parser.add_argument
     add("--data", default="tiny", help="a task by name, or a folder (default: tiny)")
     add("--model", default="tiny", help="a folder or a name on the hub (default: tiny, an encoder per language)")
     add("--languages", type=int, metavar="N", help="units of an embedded task: languages 0 to N - 1 (default: 8)")
     add("--seeds", type=int, metavar="N", help="units elsewhere: seeds 0 to N - 1 (default: 3)")
     add("--ntk", type=int, default=100, metavar="N", help="samples of the kernel, 0 for none (default: 100)")
-    add("--rates", type=float, nargs="+", default=(1 / 3, 1, 3), metavar="F", help="factors on train.py's learning "
-        "rates that tuning tries; a single one is taken without tuning (default: 1/3 1 3)")
-    add("--scales", type=float, nargs="+", default=(0.1, 0.5, 2, 5, 10, 50, 100), metavar="S", help="factors on the "
-        "head that FT and LP-FT start from, for claim 6; 1 leaves it out (default: 0.1 0.5 2 5 10 50 100)")
+    add("--rates", type=float, nargs="+", default=(1 / 3, 1, 3), metavar="F", help="factors on train.py's "
+        "learning rates that tuning tries; a single one is taken without tuning (default: 1/3 1 3)")
+    add("--scales", type=float, nargs="+", default=(0.1, 0.5, 2, 5, 10, 50, 100), metavar="S", help="factors "
+        "on the head that FT and LP-FT start from, for claim 6; 1 leaves it out (default: 0.1 0.5 2 5 10 50 100)")
     jobs = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 2)
-    add("--jobs", type=int, default=jobs, metavar="N", help="processes side by side (default: half the processors; "
-        "1 with a GPU)")
+    add("--jobs", type=int, default=jobs, metavar="N", help="processes side by side (default: half the "
+        "processors; 1 with a GPU)")
     add("--out", type=Path, help="folder of everything (default: reproduction/DATA-MODEL)")
     add("--list", action="store_true", help="print the commands that are left, and run none")
     add("--report", action="store_true", help="make the report of what is there, and run nothing")
@@ -81,8 +81,10 @@ def parse_args(argv=None):
 
 
 def encoder_of(args, unit):
-    """The encoder of a unit: of a language above 0 one made for it, beside --out, so that several folders share it."""
-    made = args.out.resolve().parent / "encoders" / str(unit)
+    """The encoder of a unit: of a language above 0 one made for it, beside --out, so that several folders
+    share it.
+    """
+    made = args.out.parent / "encoders" / str(unit)
     return made if args.unit == "language" and unit else args.model
 
 
@@ -104,7 +106,8 @@ def rates_of(args, name):
 
 
 def tuning_runs(args):
-    """{name: flags}: every method with an FT stage, rate and tuning unit; test and OOD splits are left alone."""
+    """{name: flags}: every method with an FT stage, rate and tuning unit; test and OOD splits are left alone.
+    """
     return {f"tune-{name}={rate}-{unit}": [*common_flags(args, name, unit), "--lr", rate, "--max-test", "0"]
             for name in METHODS if name != "LP" and len(args.rates) > 1
             for rate in rates_of(args, name) for unit in TUNING_UNITS}
@@ -166,10 +169,10 @@ def run_all(args, commands, title, jobs=None):
 def run_one(args, name, flags, processes):
     """Run one command; returns why it failed, or None."""
     log = args.out / "runs" / f"{name}.log"
-    threads = {} if name.startswith("encoder-") else {"OMP_NUM_THREADS": "1"}
+    threads = {"PYTHONPATH": str(ROOT)} | ({} if name.startswith("encoder-") else {"OMP_NUM_THREADS": "1"})
     with open(log, "wb") as said:
         process = subprocess.Popen(command_of(args, name, flags), stdout=said, stderr=subprocess.STDOUT,
-                                   env=os.environ | threads, cwd=ROOT)
+                                   env=os.environ | threads)
         processes.add(process)
         status = process.wait()
         processes.discard(process)
@@ -186,8 +189,8 @@ def refuse_other_flags(args, runs):
         before, now = read_json(path) if path.is_file() else {}, configuration(train.parse_args(flags))
         for key in sorted((before.keys() | now) - {"threads", "versions", "out", "device"} if before else ()):
             if before.get(key) != now.get(key):
-                raise ValueError(f"{path.parent}: was made with --{key.replace('_', '-')} {before.get(key)}; now "
-                                 f"it would be with {now.get(key)}; choose another --out")
+                raise ValueError(f"{path.parent}: was made with --{key.replace('_', '-')} {before.get(key)}; "
+                                 f"now it would be with {now.get(key)}; choose another --out")
 
 
 def check_data(args):

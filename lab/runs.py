@@ -1,8 +1,8 @@
 """What a folder of lab.reproduce holds: its plan, the results of its runs, the learning rates they choose.
 
-A run is named METHOD-UNIT, a tuning run tune-METHOD=RATE-UNIT, one from a scaled head METHOD-scaleS-UNIT. Units
-are what is drawn anew to see chance: on the embedded tasks the language (its encoder, texts and labels), else
-the seed.
+A run is named METHOD-UNIT, a tuning run tune-METHOD=RATE-UNIT, one from a scaled head METHOD-scaleS-UNIT.
+Units are what is drawn anew to see chance: on the embedded tasks the language (its encoder, texts and
+labels), else the seed.
 """
 
 import math
@@ -41,7 +41,8 @@ def read_results(out, runs):
 
 
 def look_up(result, *keys):
-    """The number under `keys` in nested dicts, or the list of numbers as an array; None if it is not finite."""
+    """The number under `keys` in nested dicts, or the list of numbers as an array; None if it is not finite.
+    """
     for key in keys:
         result = result.get(key) if isinstance(result, dict) else None
     if isinstance(result, list):
@@ -62,8 +63,8 @@ def complete_units(results, units):
     """Those of the units in which every method is finished; ValueError if they are not two."""
     complete = [unit for unit in units if all(f"{name}-{unit}" in results for name in METHODS)]
     if len(complete) < 2:
-        raise ValueError(f"{len(complete)} of {len(units)} units have a finished run of every method; expected two "
-                         "or more")
+        raise ValueError(f"{len(complete)} of {len(units)} units have a finished run of every method; "
+                         "expected two or more")
     return complete
 
 
@@ -94,7 +95,9 @@ def tuning_scores(results, tuning):
 
 
 def choose_rates(results, tuning):
-    """{method: rate of the highest mean validation score}; of equals the smallest. No test split is looked at."""
+    """{method: rate of the highest mean validation score}; of equals the smallest. No test split is looked
+    at.
+    """
     scores = tuning_scores(results, tuning)
     for method in scores:
         if not scores[method]:
