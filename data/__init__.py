@@ -148,10 +148,13 @@ def read_task(name_or_directory, data_dir=None):
         if len(rows[split]) < len(everything):
             skipped[split] = len(everything) - len(rows[split])
         if not rows[split]:
-            raise ValueError(f"{source.args[0]}, line 1: no rows of text up to the end of the file")
+            raise ValueError(f"{source.args[0]}, line 1: the file has no rows of text")
     if labels is None:
         readers.refuse_typos(rows["train"])
         labels = {name: name for name in readers.sort_labels({label for *_, label in rows["train"]})}
+        if len(labels) > max(20, len(rows["train"]) / 2):
+            raise ValueError(f"{rows['train'][0][0]}: {len(labels)} different labels in {len(rows['train'])} rows, "
+                             f"such as {readers.listing([*labels][:2])}; are text and label swapped?")
     if len(labels) < 2:
         raise ValueError(f"{rows['train'][-1][0]}: the end of the file; {[*labels][0]!r} is its only label, "
                          "expected two or more")

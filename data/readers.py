@@ -141,6 +141,8 @@ def decode_lines(lines, name):
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             encoding = "UTF-16" if line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "WINDOWS-1252"
+            if b"\0" in line and encoding != "UTF-16":
+                raise ValueError(f"{name}, line {number}: not a text file") from None
             command = f"iconv -f {encoding} -t UTF-8"
             if isinstance(name, Path):  # not standard input
                 old, new = (shlex.quote(str(path)) for path in (name, name.with_suffix(".utf8")))
@@ -160,7 +162,7 @@ def read_jsonl(path):
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            raise ValueError(f"{where}: expected one JSON object a line, found {type(row).__name__}")
         found = {name.strip().lower(): value for name, value in row.items()}
         if len(found) < len(row):
             raise ValueError(f"{where}: two of the names {listing(row)} differ in case alone")
@@ -182,7 +184,8 @@ def read_table(path):
                 continue
             if header is None:
                 header = [name.strip().lower() for name in cells]
-                text_columns(where, header, f"must be the header, and is: {listing(cells)}")
+                other = " (cells are separated by commas)" * (not tabs and len(cells) == 1 and ";" in cells[0])
+                text_columns(where, header, f"must be the header, and is: {listing(cells)}{other}")
                 twice = [name for name in header if header.count(name) > 1]
                 if twice:
                     raise ValueError(f"{where}: the header has two columns {twice[0][:60]!r}")
@@ -191,7 +194,8 @@ def read_table(path):
                 raise ValueError(f"{where}: a cell in quotes holds a tab, or its quote is never closed; put "
                                  "a space for the tab, double a quote that is text, or use .jsonl")
             if len(cells) != len(header):
-                raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)}")
+                raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)} (a text with a "
+                                 f"{'tab' if tabs else 'comma'} in it has to be in quotes)")
             yield where, dict(zip(header, cells))
     except csv.Error as error:
         quoting = "(a cell may be quoted, \"...\", with quotes inside doubled)"

@@ -124,7 +124,7 @@ def check(parser, args):
     positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train}
     for flag, value in positive.items():
         if value is not None and not 0 < value < 1e15:
-            parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0, below 1e15")
+            parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0")
     for flag, value, least, most in (("--max-test", args.max_test, 0, 10**15),
                                      ("--max-length", args.max_length, 8, 10**6),
                                      ("--seed", args.seed, 0, 2**32 - 1)):
@@ -174,7 +174,7 @@ def check_task(args, task, tokenizer, config):
     """
     if args.max_length > config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
-                         f"{config.max_length} tokens at most")
+                         f"{config.max_length} tokens at most; expected {config.max_length} or less")
     unknown, tokens = count_unknown(tokenizer, task.splits["train"], task.pairs)
     if args.model == "tiny" and unknown > 0.2 * tokens:
         raise ValueError(f"--data {args.data}: {100 * unknown / tokens:.0f} % of its tokens are words that "
