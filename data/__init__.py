@@ -154,8 +154,8 @@ def read_task(name_or_directory, data_dir=None, language=0):
         readers.refuse_typos(rows["train"])
         labels = {name: name for name in readers.sort_labels({label for *_, label in rows["train"]})}
         if len(labels) > max(20, len(rows["train"]) / 2):
-            raise ValueError(f"{rows['train'][0][0]}: {len(labels)} different labels in {len(rows['train'])} rows, "
-                             f"such as {readers.listing([*labels][:2])}; are text and label swapped?")
+            raise ValueError(f"{rows['train'][0][0]}: {len(labels)} different labels in {len(rows['train'])} "
+                             f"rows, such as {readers.listing([*labels][:2])}; are text and label swapped?")
     if len(labels) < 2:
         raise ValueError(f"{rows['train'][-1][0]}: the end of the file; {[*labels][0]!r} is its only label, "
                          "expected two or more")

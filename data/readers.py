@@ -184,8 +184,8 @@ def read_table(path):
                 continue
             if header is None:
                 header = [name.strip().lower() for name in cells]
-                other = " (cells are separated by commas)" * (not tabs and len(cells) == 1 and ";" in cells[0])
-                text_columns(where, header, f"must be the header, and is: {listing(cells)}{other}")
+                hint = " (cells are separated by commas)" * (not tabs and len(cells) == 1 and ";" in cells[0])
+                text_columns(where, header, f"must be the header, and is: {listing(cells)}{hint}")
                 twice = [name for name in header if header.count(name) > 1]
                 if twice:
                     raise ValueError(f"{where}: the header has two columns {twice[0][:60]!r}")
@@ -194,8 +194,8 @@ def read_table(path):
                 raise ValueError(f"{where}: a cell in quotes holds a tab, or its quote is never closed; put "
                                  "a space for the tab, double a quote that is text, or use .jsonl")
             if len(cells) != len(header):
-                raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)} (a text with a "
-                                 f"{'tab' if tabs else 'comma'} in it has to be in quotes)")
+                raise ValueError(f"{where}: {len(cells)} columns; the header has {len(header)} (a text with "
+                                 f"a {'tab' if tabs else 'comma'} in it has to be in quotes)")
             yield where, dict(zip(header, cells))
     except csv.Error as error:
         quoting = "(a cell may be quoted, \"...\", with quotes inside doubled)"
