@@ -371,6 +371,28 @@ def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch
     assert threads == ["1", "1"]
 
 
+def test_a_run_that_outlived_its_parent_is_waited_for(tmp_path, monkeypatch):
+    """lab.reproduce was killed, train.py was not: when it has ended, its folder is gone on with."""
+    args, run = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    code = (f"from plumbing import run_folder; import time; lock = run_folder.lock_folder({str(run)!r}); "
+            "print(flush=True); time.sleep(1)")
+    orphan = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    orphan.stdout.readline()
+    states = []
+
+    class Process:
+        def __init__(self, command, **more):
+            states.append(orphan.wait(20))  # once it is gone
+
+        def wait(self):
+            return 1
+
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
+    assert "one" in reproduce.run_all(args, {"one": ["--seed", "1"]}) and states == [0]
+    orphan.stdout.close()
+
+
 def test_the_last_error_of_a_log(tmp_path):
     log = tmp_path / "log"
     assert runs.last_error(log) is None
@@ -415,7 +437,7 @@ def made_up_runs(monkeypatch, tmp_path):
     """run_one writes made-up results instead of training; returns {name: flags} of what it was asked for."""
     asked, results = {}, made_up(seeds=(1, 2, 3))
 
-    def run_one(args, name, flags, processes):
+    def run_one(args, name, flags, processes, stopping):
         asked[name] = flags
         parsed = train.parse_args(flags)
         if name in FAILING:
