@@ -15,6 +15,7 @@ from lpft import (accuracy, calibration_error, feature_statistics, fine_tune, fi
                   fit_temperature, matthews, predict, set_head, train_epoch, why_no_temperature)
 from lpft import stratified_folds
 from model import Classifier, add_lora
+from plumbing import newton
 from plumbing.checkpoint import load_pretrained
 
 
@@ -249,6 +250,21 @@ def test_the_ft_stage_is_adam_with_linear_decay_and_clipping(model, small_task):
               on_epoch=lambda record: states.append(copy.deepcopy(model.state_dict())))
     for name, expected in reference.state_dict().items():
         assert torch.allclose(states[-1][name], expected, atol=2e-5), name
+
+
+def test_a_start_that_is_not_finite_is_refused_before_the_first_step(model, small_task):
+    model.head.bias.data.fill_(math.inf)
+    with pytest.raises(lpft.NotFinite, match="in epoch 0") as refused:
+        fine_tune(model, small_task.splits["train"], small_task.splits["val"], lr=1e-3, batch_size=8)
+    assert not refused.value.kept
+
+
+def test_lp_that_does_not_converge_says_so(monkeypatch):
+    """A solver that takes no step is at its start for ever; no half-fitted head comes out."""
+    monkeypatch.setattr(newton, "conjugate_gradients", lambda times, right, diagonal, precision: 0 * right)
+    x, y = samples(60, 5, 3)
+    with pytest.raises(ArithmeticError, match="did not converge at inverse_l2 1"):
+        fit_linear_probe(x, y, 3, inverse_l2=1.0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_learning_rate(model, small_task):
