@@ -15,7 +15,6 @@ import sys
 
 import plumbing  # noqa: F401  before torch
 import torch
-from tqdm import tqdm
 
 import ntk
 from data import draw_ntk_samples, load_task, read_task, tiny
@@ -77,12 +76,12 @@ def run(args, state):
                 parameter *= args.head_scale or 1.0
         head_0 = model.head.weight.detach().clone()  # V_0, where the FT stage starts
         if args.lora:
-            add_lora(model.encoder, args.lora_r, args.lora_alpha)
+            add_lora(model.encoder, args.lora_r, args.lora_alpha)  # the rest of the encoder is frozen
         if args.ntk:  # Theta = P + F, where the FT stage starts
             result["ntk"] = ntk_stage(args, model, task)
         result["kept_epoch"] = ft_stage(args, model, tokenizer, task, state, result.get("lp"))
     else:
-        model.encoder.requires_grad_(False)
+        model.encoder.requires_grad_(False)  # what trained was the head alone
 
     result |= evaluate(model, task, features_0, frozen=args.method == "lp")
     trainable, total = count_parameters(model)
@@ -187,8 +186,8 @@ def ft_stage(args, model, tokenizer, task, state, lp_record):
     lines = [lp_record] if lp_record else []
 
     def on_epoch(record):
-        tqdm.write(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  {scores_of(record, task)}",
-                   file=sys.stdout)
+        print(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  {scores_of(record, task)}",
+              flush=True)
         lines.append({"stage": "ft"} | record)
         files.write_lines(args.out / "metrics.jsonl", lines)
 
