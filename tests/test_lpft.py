@@ -259,6 +259,41 @@ def test_a_start_that_is_not_finite_is_refused_before_the_first_step(model, smal
     assert not refused.value.kept
 
 
+def test_a_step_that_goes_too_far_is_halved(monkeypatch):
+    """A first step of 1000 times the right length raises the objective; halved until it does not, it leads there."""
+    x, y = samples(60, 5, 3)
+    expected, solve, calls = fit_linear_probe(x, y, 3, inverse_l2=1.0), newton.conjugate_gradients, []
+
+    def far_at_first(*some):
+        calls.append(1)
+        return (1000 if len(calls) == 1 else 1) * solve(*some)
+
+    monkeypatch.setattr(newton, "conjugate_gradients", far_at_first)
+    found = fit_linear_probe(x, y, 3, inverse_l2=1.0)
+    assert (found.weight - expected.weight).norm() < 1e-6 * expected.weight.norm() and found.path[1][0] < 5 * found.path[-1][0]
+
+
+def test_a_single_sample_of_a_class_is_enough_for_a_fixed_strength():
+    x, _ = samples(10, 5, 2)
+    assert fit_linear_probe(x, torch.tensor([0] * 9 + [1]), 2, inverse_l2=1.0).weight.norm() > 0
+
+
+def test_the_best_weights_come_back_where_only_some_are_trained(model, small_task, monkeypatch):
+    """Under LoRA the kept weights are A, B and the head; the frozen ones are not among them."""
+    add_lora(model.encoder, r=4, lora_alpha=12)
+    train_epoch, epochs = lpft.train_epoch, []
+
+    def ruined_in_epoch_2(model, *more):
+        epochs.append(1)
+        measured = train_epoch(model, *more)
+        return (math.nan, measured[1]) if len(epochs) == 2 else measured
+
+    monkeypatch.setattr(lpft, "train_epoch", ruined_in_epoch_2)
+    with pytest.raises(lpft.NotFinite, match="in epoch 2") as refused:
+        fine_tune(model, small_task.splits["train"], small_task.splits["val"], lr=1e-3, batch_size=8)
+    assert refused.value.kept
+
+
 def test_lp_that_does_not_converge_says_so(monkeypatch):
     """A solver that takes no step is at its start for ever; no half-fitted head comes out."""
     monkeypatch.setattr(newton, "conjugate_gradients", lambda times, right, diagonal, precision: 0 * right)

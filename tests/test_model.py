@@ -152,6 +152,13 @@ def test_lora_cannot_be_added_twice(encoder):
         add_lora(encoder, r=4, lora_alpha=12)
 
 
+def test_the_smallest_rank_is_one(encoder):
+    with pytest.raises(ValueError, match="r is 0; expected 1 or more"):
+        add_lora(encoder, r=0)
+    add_lora(encoder, r=1)
+    assert encoder.layers[0].attention.query.lora_A.out_features == 1
+
+
 def test_merging_leaves_w_0_as_it_is(encoder):
     """merged() is a new layer: the LoRALinear can be trained on, or merged again, to the same weights."""
     add_lora(encoder, r=4, lora_alpha=12)

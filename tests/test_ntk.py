@@ -413,6 +413,12 @@ def test_the_gram_product_fills_the_lower_triangle_and_the_rows_of_test_samples(
     assert relative_error(kernel.tril(), expected.tril()) < 3e-7
 
 
+def test_singular_values_are_relative_to_the_largest_however_small_it_is():
+    kernel = torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0])).view(2, 2, 2, 2)
+    for scale in (1e-6, 1e6):
+        assert kernel_statistics(scale * kernel)["singular_values"].tolist() == pytest.approx([1, 0.5, 0.25, 0.25])
+
+
 def test_long_sums_are_cut_into_short_ones(monkeypatch):
     """One float32 sum of a million terms loses digits that sums of 2^15 in float64 keep."""
     J = torch.rand(64, 2**20) + 0.5
