@@ -86,8 +86,8 @@ def lp_objective(theta, strength, z, onehot, penalty):
         sum_i strength_i * cross_entropy(theta z_i, y_i)  +  1/2 sum_j penalty_j * ||column j of theta||^2
 
     strength (N,), scikit-learn's C, and 0 for a sample that is held out; z (N, k + 1), features with a 1
-    behind each; onehot (N, C), the labels; penalty (k + 1,), 0 for the bias. Returns (value (), gradient (C,
-    k + 1)).
+    behind each; onehot (N, C), labels; penalty (k + 1,), 0 for b. Returns (value (), gradient (C, k + 1)). It
+    runs under torch.vmap, so it makes no Python numbers of tensors and changes none in place.
     """
     logits = z @ theta.T  # (N, C)
     losses = -(onehot * logits.log_softmax(1)).sum(1)  # (N,)
@@ -96,11 +96,11 @@ def lp_objective(theta, strength, z, onehot, penalty):
 
 
 def stratified_folds(labels, folds=5):
-    """The fold (0 to folds - 1) that tests each sample, (N,): unshuffled, as scikit-learn deals them.
+    """The fold (0 to folds - 1) that tests each sample, (N,) int64: unshuffled, as scikit-learn deals them.
 
-    Classes are numbered by first appearance and the sorted labels dealt round robin: that says how many
-    samples of a class each fold gets. It gets them in the order of the data. ValueError for a class too small
-    for all folds.
+    Sort the labels by class, classes by first appearance. Position j of this list counts for fold j mod
+    folds: so many samples of each class a fold tests. It tests them in the order of the data. ValueError for
+    a class with fewer samples than folds.
     """
     labels = labels.numpy()
     classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
@@ -217,11 +217,11 @@ def best_epoch(history, metric):
 
 
 def train_epoch(model, split, batches, optimizer, schedule):
-    """One step of the optimizer for each index array in `batches`; (mean loss, accuracy) over their samples.
+    """One epoch: a step for each index array in `batches`; (mean loss, accuracy) over the samples of `split`.
 
     The model is in train mode: dropout is on. A step is: logits (n, C), the mean cross-entropy of the batch,
     its gradient, clipped to the norm 1 over all trained parameters together, a step of the optimizer, a step
-    of the schedule. Loss and accuracy are those before each step.
+    of the schedule. Loss and accuracy are those before a step; a gradient that is not finite makes it NaN.
     """
     device = devices.device_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -311,10 +311,10 @@ def fit_temperature(logits, labels):
 
 
 def calibration_error(logits, labels, bins=15):
-    """(ECE, MCE) of softmax(logits), both between 0 and 1 (paper Table 3).
+    """(ECE, MCE) of softmax(logits), floats between 0 and 1 (paper Table 3).
 
     Samples are sorted into equal bins by confidence, the largest probability; bin m is ((m - 1) / bins, m /
-    bins]. ECE is the mean over samples, MCE the maximum over bins, of |accuracy - confidence| in the bin.
+    bins]. ECE is the mean over samples, MCE the maximum over bins, of |accuracy - confidence|, 0 if empty.
     """
     confidence, prediction = logits.detach().cpu().double().softmax(1).max(1)  # (N,), (N,)
     correct = (prediction == labels.cpu()).double()
@@ -329,11 +329,11 @@ def calibration_error(logits, labels, bins=15):
 
 
 def feature_statistics(features, features_0, labels):
-    """Table 1's statistics of features (N, h), against those of the pre-trained encoder (N, h).
+    """Table 1's statistics of features (N, h), against the pre-trained encoder's (N, h), in this order:
 
     cs    mean cosine similarity over all pairs of different samples
     diff  mean ||phi(x) - phi_0(x)||
-    fdr   Fisher's discriminant ratio, trace(S_between) / trace(S_within)
+    fdr   trace(S_between) / trace(S_within) = sum_c n_c ||mean_c - mean||^2 / sum_i ||x_i - mean_{y_i}||^2
     norm  mean ||phi(x)||
 
     labels (N,). Undefined values (one sample, no spread within the classes) are NaN or infinite.

@@ -60,8 +60,8 @@ class SelfAttention(nn.Module):
     def forward(self, query_input, x, mask):
         """What the tokens query_input (N, 1 or L, h) learn from all tokens x (N, L, h): (N, 1 or L, h).
 
-        Queries, keys and values are cut into heads of width h / heads. mask (N, 1, 1, L) is True on tokens,
-        False on padding, which gets no weight. In training, weights are dropped out after the softmax.
+        Queries, keys and values are cut into heads (split_heads); their results are joined and go through
+        `output`. mask (N, 1, 1, L) is True on tokens and False on padding, which gets no weight.
         """
         query = self.split_heads(self.query(query_input))  # (N, heads, 1 or L, h / heads)
         key = self.split_heads(self.key(x))  # (N, heads, L, h / heads)
@@ -205,7 +205,7 @@ class LoRALinear(nn.Module):
         return self.linear(x) + self.scaling * self.lora_B(self.lora_A(x))
 
     def merged(self):
-        """A new nn.Linear that holds W_0 + (lora_alpha / r) B A, frozen as W_0 is."""
+        """A new nn.Linear with the weight W_0 + (lora_alpha / r) B A and W_0's bias, frozen; W_0 stays."""
         linear = copy.deepcopy(self.linear)
         with torch.no_grad():
             linear.weight += self.scaling * self.lora_B.weight @ self.lora_A.weight  # (out, in)
@@ -213,7 +213,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(encoder, r=8, lora_alpha=8):
-    """Freeze the encoder and put LoRA on the query and value projections of every layer, in place."""
+    """Freeze the encoder, put LoRA on query and value of every layer, in place; ValueError if it has LoRA."""
     if r < 1:
         raise ValueError(f"the LoRA rank r is {r}; expected 1 or more")
     if has_lora(encoder):
@@ -225,7 +225,7 @@ def add_lora(encoder, r=8, lora_alpha=8):
 
 
 def merge_lora(encoder):
-    """Replace each LoRALinear by one nn.Linear with the same output, in place; all stays frozen."""
+    """Replace each LoRALinear by its merged(), in place; all stays frozen. ValueError if there is none."""
     if not has_lora(encoder):
         raise ValueError("this encoder has no LoRA to merge; add_lora(encoder) first")
     for layer in encoder.layers:

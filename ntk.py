@@ -113,7 +113,7 @@ def pretrain_kernel(features, train_features, num_classes):
 
 
 def split_head(weight):
-    """V (C, h) as the product of U (C, r), float64, and S W (r, h); r counts what is above rounding."""
+    """V (C, h) = U (C, r), float64, times S W (r, h), in V's precision; r counts what is above rounding."""
     U, S, W = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
     rounding = max(len(weight) * torch.finfo(weight.dtype).eps, 1e-14)  # of V's entries, of the decomposition
     r = int((S > rounding * S[0]).sum())  # 0 if V = 0
@@ -194,8 +194,8 @@ def run_block(block, layers, args, kwargs, above, input_trains):
 def linear_kernel(kernel, layer, a, g):
     """Add J J^T of a Linear's weight, J = sum_t g_t a_t^T, (out, in) for each sample and probe.
 
-    a (n, T, in) and g (n, r, T, out) of each batch. J is formed for some outputs at a time. With one
-    position, J J^T = <a, a'> <g, g'>, and no J is formed.
+    kernel (R r, N r), float64, rows by sample, then probe; its lower triangle counts. a (n, T, in) and
+    g (n, r, T, out) of each batch. J is formed for some outputs at a time; for one position, not at all.
     """
     R, r, (out, width) = sum(map(len, a)), g[0].shape[1], layer.weight.shape
     if all(x.shape[1] == 1 for x in a):
@@ -223,8 +223,8 @@ def layernorm_jacobian(layer, a, g):
 def embedding_kernel(kernel, layer, ids, g):
     """Add J J^T of an Embedding's weight: row v of J is the sum of g_t over the positions t of token id v.
 
-    ids (n, T) and g (n, r, T, h) of each batch. Two samples meet only in the ids that both contain, so J is
-    kept for these (id, sample) pairs alone; ids that equally many samples contain are one batched product.
+    ids (n, T) and g (n, r, T, h) of each batch; padding_idx has no gradient. Two samples meet only in the ids
+    that both contain: J is kept for these pairs; ids that equally many samples contain are one product.
     """
     R, r, h = sum(map(len, ids)), g[0].shape[1], g[0].shape[3]
     samples = torch.arange(R, device=g[0].device).split([len(x) for x in ids])
@@ -271,8 +271,9 @@ def predicted_logit_change(ntk, deltas, lr, test=False):
 def predicted_feature_change(model, train_batches, deltas, lr, batches):
     """eq. (2): lr * sum_i Theta_phi(x, x_i) V^T delta_i for the M samples x of `batches`, (M, h).
 
-    Theta_phi(x, x_i) = J(x) J(x_i)^T, J = dphi/dtheta_phi. No Jacobian is needed: sum_i J(x_i)^T V^T delta_i,
-    the step of theta_phi, is one backward pass; J(x) times the step, the derivative along it, a forward one.
+    Theta_phi(x, x_i) = J(x) J(x_i)^T, J = dphi/dtheta_phi; deltas (N, C), in batch order. No Jacobian
+    is needed: the step of theta_phi, sum_i J(x_i)^T V^T delta_i, is a backward pass; J(x) times it, the
+    derivative along it, a forward one.
     """
     exact.check_exactness(model, train_batches, batches)
     trained = {name: p.detach() for name, p in model.encoder.named_parameters() if p.requires_grad}

@@ -76,12 +76,12 @@ def run(args, state):
                 parameter *= args.head_scale or 1.0
         head_0 = model.head.weight.detach().clone()  # V_0, where the FT stage starts
         if args.lora:
-            add_lora(model.encoder, args.lora_r, args.lora_alpha)
+            add_lora(model.encoder, args.lora_r, args.lora_alpha)  # the rest of the encoder is frozen
         if args.ntk:  # Theta = P + F, where the FT stage starts
             result["ntk"] = ntk_stage(args, model, task)
         result["kept_epoch"] = ft_stage(args, model, tokenizer, task, state, result.get("lp"))
     else:
-        model.encoder.requires_grad_(False)
+        model.encoder.requires_grad_(False)  # what trained was the head alone
 
     result |= evaluate(model, task, features_0, frozen=args.method == "lp")
     trainable, total = count_parameters(model)

@@ -19,8 +19,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event
 
 import plumbing  # noqa: F401  before torch
 import torch
@@ -149,31 +151,42 @@ def command_of(args, name, flags):
 def run_all(args, commands, title, jobs=None):
     """Run what is not done, `--jobs` at a time; returns {name: why} of those that failed."""
     todo = [name for name in commands if not done(args, name, commands[name])]
-    processes, failed = set(), {}
+    processes, stopping, failed = set(), Event(), {}
     with ThreadPoolExecutor(jobs or args.jobs) as pool, tqdm(
             total=len(commands), initial=len(commands) - len(todo), desc=title, unit="run") as bar:
         try:
-            futures = {pool.submit(run_one, args, name, commands[name], processes): name for name in todo}
+            futures = {pool.submit(run_one, args, name, commands[name], processes, stopping): name for name in todo}
             for future in as_completed(futures):
                 bar.update()
                 if why := future.result():
                     failed[futures[future]] = why
                     tqdm.write(f"{futures[future]} failed: {why}")
         finally:
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(processes):  # train.py stops; its last whole epoch is saved
                 process.terminate()
     return failed
 
 
-def run_one(args, name, flags, processes):
+def run_one(args, name, flags, processes, stopping):
     """Run one command; returns why it failed, or None."""
-    log = args.out / "runs" / f"{name}.log"
+    folder, log = args.out / "runs" / name, args.out / "runs" / f"{name}.log"
+    while folder.is_dir() and not stopping.is_set():  # wait for a process that outlived a killed lab.reproduce
+        try:
+            lock_folder(folder).release()
+            break
+        except ValueError:
+            time.sleep(0.5)
+    if stopping.is_set():
+        return "interrupted"
     threads = {"PYTHONPATH": str(ROOT)} | ({} if name.startswith("encoder-") else {"OMP_NUM_THREADS": "1"})
     with open(log, "wb") as said:
         process = subprocess.Popen(command_of(args, name, flags), stdout=said, stderr=subprocess.STDOUT,
                                    env=os.environ | threads)
         processes.add(process)
+        if stopping.is_set():  # between the two lines above
+            process.terminate()
         status = process.wait()
         processes.discard(process)
     return f"{last_error(log) or f'status {status}'} (all it said: {log})" if status else None

@@ -59,6 +59,7 @@ def save_run(args, model, tokenizer, task, result):
 def save_unfinished(args, model, tokenizer, task, error):
     """Keep the best weights of a training that became infinite (NotFinite); the ValueError that says so."""
     if not error.kept:
+        (args.out / "state").unlink(missing_ok=True)  # of epoch 0: nothing to go on with
         return ValueError(str(error))
     save_classifier(args.out, model, tokenizer, task, 1.0, args.max_length, args.data,
                     "training ended before its last epoch")

@@ -41,8 +41,8 @@ def exit_status(program, work, go_on=lambda: ""):
         return 130
     except (ValueError, OSError, ArithmeticError, MemoryError, Failed) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
-        bad_input = isinstance(error, (ValueError, OSError)) and getattr(error, "errno", None) not in (
-            errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # a disk that is full or broken
+        broken = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EPIPE  # disk, pipe
+        bad_input = isinstance(error, (ValueError, OSError)) and getattr(error, "errno", None) not in broken
         return 2 if bad_input else 1
 
 

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout  # PyTorch needs it too
 
 from plumbing import devices, flags
-from plumbing.files import load_tensors, save_tensors, write_json
+from plumbing.files import load_tensors, save_tensors, write_json, write_text
 
 LOCK = "lock"  # name of the lock file in a folder
 UNFINISHED = "unfinished-run"  # a file in --export until it is whole, with the path of --out
@@ -55,7 +55,8 @@ class RunState:
 
     def load(self, start):
         """Read the file if it is there; ValueError if it is damaged, or not of this start."""
-        self.start = start | {"version": VERSION, "torch": str(torch.__version__)}
+        here = {"version": VERSION, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+        self.start = start | here
         if not self.path.is_file():
             return
         saved = load_tensors(self.path)
@@ -81,7 +82,9 @@ class RunState:
         optimizer.load_state_dict(self.saved["optimizer"])
         schedule.load_state_dict(self.saved["schedule"])
         devices.set_random_state(self.saved["random"])
-        return self.saved["history"], self.saved["best"]
+        history, best = self.saved["history"], self.saved["best"]
+        self.saved = {"seconds": self.saved["seconds"]}  # the tensors would take memory to the end of the run
+        return history, best
 
     def save(self, model, optimizer, schedule, history, best):
         """After an epoch. The file is replaced whole."""
@@ -124,7 +127,7 @@ def open_run(args):
         if args.export:
             (args.export / UNFINISHED).unlink(missing_ok=True)
     except Exception:
-        if not (args.resume or state.path.is_file()):
+        if not (args.resume or state.path.is_file() or (args.out / "model.safetensors").is_file()):
             release_folders(args, lock, made)
         raise
     finally:
@@ -163,7 +166,8 @@ def claim_folders(args):
     """
     if args.resume:
         lock, marker = lock_folder(args.out), args.export and args.export / UNFINISHED
-        if marker and any(args.export.glob("*")) and not (
+        finished = (args.out / "result.json").is_file()
+        if marker and not finished and any(args.export.glob("*")) and not (
                 marker.is_file() and marker.read_text(encoding="utf-8") == str(args.out.resolve())):
             raise ValueError(f"--export {args.export}: holds something that is not of this run")
         return lock, []
@@ -180,7 +184,7 @@ def claim_folders(args):
     for flag, folder in (("--export", args.export), ("--out", args.out)):
         if folder and folder.is_file():
             raise ValueError(f"{flag} {folder}: is a file already; expected a new or empty folder")
-        own = (LOCK, "config.json.tmp")
+        own = (LOCK, "config.json.tmp", UNFINISHED)
         if folder and folder.is_dir() and any(path.name not in own for path in folder.iterdir()):
             unfinished = folder == args.out and not (folder / "result.json").is_file() and (
                 folder / "config.json").is_file()
@@ -194,8 +198,7 @@ def claim_folders(args):
     if (args.out / "config.json").exists():  # of two commands that found it empty, one was first
         raise ValueError(f"--out {args.out}: holds something already; expected a new or empty folder")
     if args.export:
-        with open(args.export / UNFINISHED, "x", encoding="utf-8") as file:
-            file.write(str(args.out.resolve()))
+        write_text(args.export / UNFINISHED, str(args.out.resolve()))
     return lock, made
 
 

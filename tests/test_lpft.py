@@ -15,6 +15,7 @@ from lpft import (accuracy, calibration_error, feature_statistics, fine_tune, fi
                   fit_temperature, matthews, predict, set_head, train_epoch, why_no_temperature)
 from lpft import stratified_folds
 from model import Classifier, add_lora
+from plumbing import newton
 from plumbing.checkpoint import load_pretrained
 
 
@@ -250,6 +251,56 @@ def test_the_ft_stage_is_adam_with_linear_decay_and_clipping(model, small_task):
               on_epoch=lambda record: states.append(copy.deepcopy(model.state_dict())))
     for name, expected in reference.state_dict().items():
         assert torch.allclose(states[-1][name], expected, atol=2e-5), name
+
+
+def test_a_start_that_is_not_finite_is_refused_before_the_first_step(model, small_task):
+    model.head.bias.data.fill_(math.inf)
+    with pytest.raises(lpft.NotFinite, match="in epoch 0") as refused:
+        fine_tune(model, small_task.splits["train"], small_task.splits["val"], lr=1e-3, batch_size=8)
+    assert not refused.value.kept
+
+
+def test_a_step_that_goes_too_far_is_halved(monkeypatch):
+    """A first step of 1000 times the right length raises the objective; halved until it does not, it leads there."""
+    x, y = samples(60, 5, 3)
+    expected, solve, calls = fit_linear_probe(x, y, 3, inverse_l2=1.0), newton.conjugate_gradients, []
+
+    def far_at_first(*some):
+        calls.append(1)
+        return (1000 if len(calls) == 1 else 1) * solve(*some)
+
+    monkeypatch.setattr(newton, "conjugate_gradients", far_at_first)
+    found = fit_linear_probe(x, y, 3, inverse_l2=1.0)
+    assert (found.weight - expected.weight).norm() < 1e-6 * expected.weight.norm() and found.path[1][0] < 5 * found.path[-1][0]
+
+
+def test_a_single_sample_of_a_class_is_enough_for_a_fixed_strength():
+    x, _ = samples(10, 5, 2)
+    assert fit_linear_probe(x, torch.tensor([0] * 9 + [1]), 2, inverse_l2=1.0).weight.norm() > 0
+
+
+def test_the_best_weights_come_back_where_only_some_are_trained(model, small_task, monkeypatch):
+    """Under LoRA the kept weights are A, B and the head; the frozen ones are not among them."""
+    add_lora(model.encoder, r=4, lora_alpha=12)
+    train_epoch, epochs = lpft.train_epoch, []
+
+    def ruined_in_epoch_2(model, *more):
+        epochs.append(1)
+        measured = train_epoch(model, *more)
+        return (math.nan, measured[1]) if len(epochs) == 2 else measured
+
+    monkeypatch.setattr(lpft, "train_epoch", ruined_in_epoch_2)
+    with pytest.raises(lpft.NotFinite, match="in epoch 2") as refused:
+        fine_tune(model, small_task.splits["train"], small_task.splits["val"], lr=1e-3, batch_size=8)
+    assert refused.value.kept
+
+
+def test_lp_that_does_not_converge_says_so(monkeypatch):
+    """A solver that takes no step is at its start for ever; no half-fitted head comes out."""
+    monkeypatch.setattr(newton, "conjugate_gradients", lambda times, right, diagonal, precision: 0 * right)
+    x, y = samples(60, 5, 3)
+    with pytest.raises(ArithmeticError, match="did not converge at inverse_l2 1"):
+        fit_linear_probe(x, y, 3, inverse_l2=1.0)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_learning_rate(model, small_task):

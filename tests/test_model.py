@@ -50,6 +50,25 @@ def test_features_are_the_first_hidden_state_of_the_full_encoder(encoder, batch)
     assert torch.allclose(features, encoder(**batch)[:, 0], rtol=0, atol=1e-12)
 
 
+def test_without_token_types_all_are_of_the_first(encoder, batch):
+    batch = {name: tensor for name, tensor in batch.items() if name != "token_type_ids"}
+    zeros = torch.zeros_like(batch["input_ids"])
+    assert torch.equal(encoder(**batch), encoder(**batch, token_type_ids=zeros))
+    assert not torch.equal(encoder(**batch), encoder(**batch, token_type_ids=zeros + 1))
+
+
+def test_the_longest_input_has_a_position_for_every_token():
+    """RoBERTa numbers tokens from pad_token_id + 1: 514 rows of positions are for 512 tokens."""
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 1}
+    for kind, positions, longest in (("bert", 20, 20), ("roberta", 20, 18)):
+        config = EncoderConfig(**sizes, max_position_embeddings=positions, pad_token_id=int(kind == "roberta"),
+                               model_type=kind)
+        encoder, ids = Encoder(config), torch.full((1, longest), 5)
+        assert config.max_length == longest and encoder(ids, torch.ones_like(ids)).shape == (1, longest, 8)
+        with pytest.raises(IndexError):
+            encoder(torch.full((1, longest + 1), 5), torch.ones(1, longest + 1, dtype=torch.long))
+
+
 def test_features_do_not_depend_on_what_trains(encoder, batch):
     """Bitwise: LP reports a feature change of exactly 0."""
     model = Classifier(encoder.float(), 3).eval()
@@ -131,6 +150,29 @@ def test_lora_cannot_be_added_twice(encoder):
     add_lora(encoder, r=4, lora_alpha=12)
     with pytest.raises(ValueError, match="merge_lora"):
         add_lora(encoder, r=4, lora_alpha=12)
+
+
+def test_the_smallest_rank_is_one(encoder):
+    with pytest.raises(ValueError, match="r is 0; expected 1 or more"):
+        add_lora(encoder, r=0)
+    add_lora(encoder, r=1)
+    assert encoder.layers[0].attention.query.lora_A.out_features == 1
+
+
+def test_merging_leaves_w_0_as_it_is(encoder):
+    """merged() is a new layer: the LoRALinear can be trained on, or merged again, to the same weights."""
+    add_lora(encoder, r=4, lora_alpha=12)
+    randomize_lora(encoder)
+    layer = encoder.layers[0].attention.query
+    before, merged = layer.linear.weight.clone(), layer.merged()
+    assert torch.equal(layer.linear.weight, before) and not torch.equal(merged.weight, before)
+    assert torch.equal(layer.merged().weight, merged.weight) and torch.equal(merged.bias, layer.linear.bias)
+
+
+def test_lora_is_added_in_the_mode_that_the_layer_is_in(encoder):
+    for training in (True, False):
+        layer = LoRALinear(encoder.layers[0].attention.query.train(training), 2, 2)
+        assert layer.training is training and layer.lora_A.training is training
 
 
 def test_merging_needs_lora_and_may_follow_training(encoder):

@@ -295,6 +295,33 @@ def test_the_spot_check_sees_one_missing_layer_where_p_is_large(model, lora, wro
         empirical_ntk(model, TRAIN, TEST)
 
 
+def test_the_spot_check_looks_at_the_last_logit_too_and_does_not_let_nan_pass(model, monkeypatch):
+    check, last = exact.spot_check, model.head.out_features - 1
+
+    def spoiled(model, batches, N, pretrain, ft):
+        ft[N - 1, last, N - 1, last] = value
+        check(model, batches, N, pretrain, ft)
+
+    monkeypatch.setattr(exact, "spot_check", spoiled)
+    for value in (0.0, float("nan")):
+        with pytest.raises(ArithmeticError, match="F and autograd differ"):
+            empirical_ntk(model, TRAIN, TEST)
+
+
+def test_the_predicted_change_of_features_is_in_full_precision_and_of_an_exact_model(model):
+    """As the kernel itself: eq. (2) of a model in train mode would be random."""
+    seen, deltas = set(), torch.zeros(sum(len(b["input_ids"]) for b in TRAIN), model.head.out_features)
+    model.encoder.layers[0].ffn_in.register_forward_hook(lambda *_: seen.add(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        predicted_feature_change(model, TRAIN, deltas, 0.1, TEST)
+        assert seen == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with pytest.raises(ValueError, match="training mode"):
+        predicted_feature_change(model.train(), TRAIN, deltas, 0.1, TEST)
+
+
 def use_a_weight_twice(model):
     """Hooks see a layer's own call alone; autograd sees every use."""
     forward = model.encoder.forward
@@ -384,6 +411,21 @@ def test_the_gram_product_fills_the_lower_triangle_and_the_rows_of_test_samples(
     kernel, expected = torch.zeros(rows + 10, rows, dtype=torch.double), J.double() @ J[:rows].double().T
     exact.add_gram(kernel, J)
     assert relative_error(kernel.tril(), expected.tril()) < 3e-7
+
+
+def test_singular_values_are_relative_to_the_largest_however_small_it_is():
+    kernel = torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0])).view(2, 2, 2, 2)
+    for scale in (1e-6, 1e6):
+        assert kernel_statistics(scale * kernel)["singular_values"].tolist() == pytest.approx([1, 0.5, 0.25, 0.25])
+
+
+def test_long_sums_are_cut_into_short_ones(monkeypatch):
+    """One float32 sum of a million terms loses digits that sums of 2^15 in float64 keep."""
+    J = torch.rand(64, 2**20) + 0.5
+    kernel, expected = torch.zeros(64, 64, dtype=torch.double), J.double() @ J.double().T
+    exact.add_gram(kernel, J)
+    in_one = relative_error((J @ J.T).double().tril(), expected.tril())
+    assert relative_error(kernel.tril(), expected.tril()) < min(1e-7, 0.5 * in_one)
 
 
 # ------------------------------------------------------------------------------------ the theory

@@ -341,6 +341,28 @@ def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch
     assert threads == ["1", "1"]
 
 
+def test_a_run_that_outlived_its_parent_is_waited_for(tmp_path, monkeypatch):
+    """lab.reproduce was killed, train.py was not: when it has ended, its folder is gone on with."""
+    args, run = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    code = (f"from plumbing import run_folder; import time; lock = run_folder.lock_folder({str(run)!r}); "
+            "print(flush=True); time.sleep(1)")
+    orphan = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    orphan.stdout.readline()
+    states = []
+
+    class Process:
+        def __init__(self, command, **more):
+            states.append(orphan.wait(20))  # once it is gone
+
+        def wait(self):
+            return 1
+
+    monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
+    assert "one" in reproduce.run_all(args, {"one": ["--seed", "1"]}, "runs") and states == [0]
+    orphan.stdout.close()
+
+
 def test_the_last_error_of_a_log(tmp_path):
     log = tmp_path / "log"
     assert runs.last_error(log) is None
@@ -385,7 +407,7 @@ def made_up_runs(monkeypatch):
     """run_one writes made-up results instead of training; ({name: flags} of what it was asked for, names that fail)."""
     asked, results, failing = {}, made_up(units=range(3)), set()
 
-    def run_one(args, name, flags, processes):
+    def run_one(args, name, flags, processes, stopping):
         asked[name] = flags
         if name in failing:
             return "the loss became infinite"
@@ -498,7 +520,7 @@ def test_the_map_has_a_point_for_each_rate_method_and_language(made_up_runs, tmp
     failing.add("tiny.FT=0.001-1")
     results, one = made_up(units=range(2)), reproduce.run_one
 
-    def run_one(args, name, flags, processes):
+    def run_one(args, name, flags, processes, stopping):
         why = one(args, name, flags, processes)
         if not why and not name.startswith("encoder-"):
             method, unit = name.split(".", 1)[1].split("=")[0], name.rsplit("-", 1)[1]

@@ -18,7 +18,7 @@ import torch
 
 import lpft
 import ntk
-from plumbing import files, run_folder
+from plumbing import export, files, run_folder
 import train
 from plumbing.checkpoint import write_safetensors
 from conftest import LORA
@@ -345,6 +345,67 @@ def test_a_state_of_another_version_is_refused(unfinished, tmp_path, capsys, mon
     version = run_folder.VERSION
     monkeypatch.setattr(run_folder, "VERSION", 0)
     assert f"was saved with version {version}, now it is 0" in refusal(["--resume", run], capsys)
+
+
+def test_a_state_of_another_number_of_threads_is_refused(unfinished, tmp_path, capsys):
+    """Sums in another order round differently: the result would not be that of an uninterrupted run."""
+    run = copy_of(unfinished, tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"threads": 2}))
+    before = torch.get_num_threads()
+    try:
+        assert "was saved with threads 1, now it is 2" in refusal(["--resume", run], capsys)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_state_of_other_labels_is_refused(random_folder, tmp_path):
+    """The fingerprint is of texts, labels and weights."""
+    encoder, tokenizer = load_pretrained(random_folder)
+    task = load_task("tiny", tokenizer, max_train=60)
+    before = run_folder.fingerprint(task, encoder)
+    task.splits["train"].labels[0] = 2 - task.splits["train"].labels[0]
+    assert run_folder.fingerprint(task, encoder) != before
+
+
+def test_a_failure_after_the_weights_are_written_leaves_a_run_to_go_on_with(random_folder, tmp_path, monkeypatch, capsys):
+    """An LP run has no state: a full disk while it exports, a closed pipe while it prints the table."""
+    flags = ["--model", str(random_folder), "--method", "lp", "--export", str(tmp_path / "export"), "--out"]
+
+    def broken(*some):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "export_classifier", broken)
+        assert train.main([*flags, str(tmp_path / "run")]) == 1
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "result.json").is_file() and (tmp_path / "export" / "config.json").is_file()
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0 and "finished already" in capsys.readouterr().out
+
+    def closed(*some):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(train, "print_table", closed)
+    assert train.main([*flags[:4], "--out", str(tmp_path / "piped")]) == 1
+    assert train.main(["--resume", str(tmp_path / "piped")]) == 0 and "finished already" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_before_its_configuration_was_whole_can_be_begun_again(random_folder, tmp_path):
+    """What such a kill leaves: a lock, a part of config.json, the mark in the folder of --export."""
+    for folder, files_there in (("run", ("lock", "config.json.tmp")), ("export", (run_folder.UNFINISHED,))):
+        (tmp_path / folder).mkdir()
+        for name in files_there:
+            (tmp_path / folder / name).write_text("")
+    assert train.main(["--model", str(random_folder), "--method", "lp", "--out", str(tmp_path / "run"), "--export",
+                       str(tmp_path / "export")]) == 0
+
+
+def test_training_that_fails_at_once_leaves_nothing_that_blocks_the_corrected_command(random_folder, tmp_path, capsys):
+    flags = ["--model", str(random_folder), "--max-train", "60", "--epochs", "1", "--method", "ft", "--ntk", "30",
+             "--out", str(tmp_path / "run")]
+    assert train.main([*flags, "--lr", "1e14"]) == 2 and "in epoch 1" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+    assert train.main([*flags, "--lr", "1e-4"]) == 0
 
 
 def test_a_damaged_state_is_refused_wherever_it_is_damaged(unfinished, tmp_path, capsys):

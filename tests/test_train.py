@@ -260,6 +260,20 @@ def test_the_kernel_needs_the_logits_of_its_own_samples_alone(random_folder, tmp
     assert 60 not in sizes and sizes.count(80) == 2 * 4 and sizes.count(200) == 1  # train, tests, validation
 
 
+def test_features_that_are_not_finite_are_refused_even_if_only_a_test_text_has_them(random_folder, tmp_path, monkeypatch, capsys):
+    """Else its row of the table would be NaN, and nobody would know why."""
+    def spoiled(model, split, **more):
+        features, logits = predict(model, split, **more)
+        if len(split) == 80:  # a test split
+            features[3] = float("nan")
+        return features, logits
+
+    monkeypatch.setattr(train, "predict", spoiled)
+    arguments = command("ft", "--model", str(random_folder), "--out", str(tmp_path / "run"))
+    assert train.main(arguments) == 2
+    assert "features with NaN or infinity; the checkpoint is damaged" in capsys.readouterr().err
+
+
 def test_the_kernel_changes_nothing_but_what_is_reported(random_folder, tmp_path):
     results = []
     for run, more in (("with", ["--ntk", "30"]), ("without", [])):
