@@ -4,8 +4,8 @@ One architecture is the tiny encoder and BERT or RoBERTa: post-LayerNorm, learne
 
     f(x) = V phi(x) + b      V is `head.weight`, b is `head.bias`, phi(x) is `features`
 
-phi(x) is the last hidden state of the first token: no pooler, no tanh. Read in order: Encoder, Classifier,
-LoRALinear. Shapes: N samples, L tokens, C classes, h hidden width, r LoRA rank.
+phi(x) is the last hidden state of the first token, or the mean over all tokens: no pooler, no tanh. Read in
+order: Encoder, Classifier, LoRALinear. Shapes: N samples, L tokens, C classes, h hidden width, r LoRA rank.
 """
 
 import copy
@@ -34,6 +34,7 @@ class EncoderConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     model_type: str = "bert"  # "roberta" differs only in how positions are numbered
+    pooling: str = "first"  # phi: the "first" token, as in the paper, or the "mean" over tokens
 
     @property
     def max_length(self):
@@ -154,7 +155,7 @@ def init_weights(module, std):
 
 
 class Classifier(nn.Module):
-    """f(x) = V phi(x) + b: one linear head on the first token, dropout before it in training.
+    """f(x) = V phi(x) + b: one linear head on the pooled tokens, dropout before it in training.
 
     The head starts as FT starts (paper Sec. 5): V drawn from N(0, 0.02^2), b = 0.
     """
@@ -168,11 +169,15 @@ class Classifier(nn.Module):
 
     def features(self, **batch):
         """phi(x), (N, h). `batch` holds input_ids, attention_mask, token_type_ids, each (N, L)."""
-        return self.pool(self.encoder(**batch, first_token_only=True))
+        first = self.encoder.config.pooling == "first"
+        return self.pool(self.encoder(**batch, first_token_only=first), batch["attention_mask"])
 
-    def pool(self, hidden):
-        """phi of the last hidden states (N, L, h): the first token's, (N, h)."""
-        return hidden[:, 0]
+    def pool(self, hidden, attention_mask):
+        """phi, (N, h), of the last hidden states (N, L, h): the first token's, or the mean without padding."""
+        if self.encoder.config.pooling == "first":
+            return hidden[:, 0]
+        mask = attention_mask[:, :, None].to(hidden)  # (N, L, 1)
+        return (mask * hidden).sum(1) / mask.sum(1)
 
     def forward(self, **batch):
         """Logits f(x), (N, C)."""

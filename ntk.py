@@ -140,7 +140,7 @@ def walk_blocks(model, inputs, probes, kernel):
     """
     blocks, layers = [model.encoder.embed, *model.encoder.layers], trainable_layers(model.encoder)
     last = blocks[-1]
-    blocks[-1] = lambda *args, **kwargs: model.pool(last(*args, **kwargs))  # phi, (n, h)
+    blocks[-1] = lambda x, mask, *how: model.pool(last(x, mask, *how), mask[:, 0, 0])  # phi, (n, h)
     above = [probes[:, None].expand(-1, len(kwargs["input_ids"]), -1) for _, kwargs in inputs[0]]  # (r, n, h)
     lowest = min((b for b, some in enumerate(layers) if some and len(probes)), default=len(blocks))
     for b in tqdm(range(len(blocks) - 1, lowest - 1, -1), desc="NTK", unit="block"):

@@ -39,6 +39,9 @@ def parse_args(argv=None):
     add("--lp-inverse-l2", type=float, metavar="C", help="fix LP's penalty (scikit-learn's C)")
     add("--model", default="tiny", metavar="{tiny,DIR,HUB}", help="tiny: the one in data/tiny_encoder; or "
         "a folder with a BERT or RoBERTa checkpoint; or its name on the Hugging Face hub (default: tiny)")
+    add("--pooling", choices=("auto", "first", "mean"), default="auto", help="phi(x) is the first token, as "
+        "in the paper, or the mean over tokens; auto: what the checkpoint's 1_Pooling/config.json says, if "
+        "there is one, else first (default: auto)")
     add("--data", default="tiny", metavar="NAME|DIR", help=f"{', '.join(flags.tiny.TASKS)}; or one of "
         f"the paper's, {', '.join(flags.CORPORA)}; or a folder with train, maybe val, test, ood_NAME, each "
         ".tsv, .csv or .jsonl with text (or text_a, text_b) and label (default: tiny)")
@@ -60,7 +63,7 @@ def run(args, state):
     """One run, in the order of the paper; returns the dict that result.json holds."""
     task, encoder, tokenizer = load(args)
     state.load(flags.identity(args) | {"data and encoder": run_folder.fingerprint(task, encoder)})
-    flags.print_configuration(args, task)
+    flags.print_configuration(args, task, encoder)
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(task.labels)).to(args.device)
     features_0 = features_of(model, task, args)  # phi_0(x), before anything moves
@@ -96,7 +99,8 @@ def run(args, state):
 def load(args):
     """(Task, Encoder, Tokenizer); ValueError for data, encoder and flags that do not fit each other."""
     rows = read_task(args.data, args.data_dir, args.language)
-    encoder, tokenizer = checkpoint.load_pretrained(tiny.ENCODER if args.model == "tiny" else args.model)
+    encoder, tokenizer = checkpoint.load_pretrained(tiny.ENCODER if args.model == "tiny" else args.model,
+                                                    args.pooling)
     task = load_task(rows, tokenizer, args.max_length, None, args.max_train, args.seed, args.max_test)
     flags.check_task(args, task, tokenizer, encoder.config)
     if args.ntk:

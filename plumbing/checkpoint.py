@@ -31,6 +31,7 @@ SPECIAL_TOKENS = {"cls_token": ("<s>", "[CLS]"), "sep_token": ("</s>", "[SEP]"),
                   "unk_token": ("<unk>", "[UNK]"),
                   "pad_token": ("<pad>", "[PAD]"), "mask_token": ("<mask>", "[MASK]")}
 # Parts of a checkpoint that the classifier does not use: pooler, MLM heads, a buffer of old files.
+POOLING_FILE = Path("1_Pooling/config.json")  # of sentence-transformers
 UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
 
 
@@ -44,8 +45,10 @@ def huggingface_names(encoder):
             for kind in ("weight", "bias") if f"{ours}.{kind}" in encoder.state_dict()}
 
 
-def load_pretrained(name):
+def load_pretrained(name, pooling="auto"):
     """Read a BERT or RoBERTa checkpoint, a folder or a hub name, as (Encoder, tokenizers.Tokenizer).
+
+    pooling: "first" or "mean" over tokens is phi; "auto" asks the checkpoint (read_pooling).
 
     Needs config.json, tokenizer.json, and model.safetensors or pytorch_model.bin; saved as a bare encoder,
     with an MLM head or by sentence-transformers. Raises FileNotFoundError for a missing file, ValueError for
@@ -53,6 +56,7 @@ def load_pretrained(name):
     """
     directory = find_checkpoint(name)
     config = read_config(directory / "config.json")
+    config.pooling = read_pooling(directory) if pooling == "auto" else pooling
     weights, path = read_weights(directory)
     try:
         encoder = Encoder(config)
@@ -91,6 +95,10 @@ def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None)
     names = huggingface_names(encoder)
     write_safetensors(directory / "model.safetensors", {n: state[ours] for n, ours in names.items()})
     config = asdict(encoder.config) | {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+    if config.pop("pooling") == "mean":
+        (directory / POOLING_FILE).parent.mkdir(exist_ok=True)
+        write_text(directory / POOLING_FILE, json.dumps({
+            "word_embedding_dimension": encoder.config.hidden_size, "pooling_mode_mean_tokens": True}) + "\n")
     if labels:
         config |= {"id2label": dict(enumerate(labels)), "label2id": dict(zip(labels, range(len(labels))))}
     # Without this class transformers would build a lower-casing tokenizer of its own from the vocabulary.
@@ -113,8 +121,10 @@ def read_config(path):
 def check_config(raw, path):
     """The entries of a config.json, read from `path`, as an EncoderConfig."""
     supported = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",),
-                 "position_embedding_type": ("absolute", None), "is_decoder": (False,)}
-    defaults = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+                 "position_embedding_type": ("absolute", None), "is_decoder": (False,),
+                 "pooling": ("first", "mean")}
+    defaults = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False,
+                "pooling": "first"}
     for key, allowed in supported.items():
         found = raw.get(key, defaults.get(key))
         if found not in allowed:
@@ -136,6 +146,21 @@ def check_config(raw, path):
         return EncoderConfig(**known)
     except TypeError as error:  # a size without a default is not in the file
         raise ValueError(f"{path}: {str(error).removeprefix('EncoderConfig.__init__() ')}") from None
+
+
+def read_pooling(directory):
+    """What the pooling file of sentence-transformers beside the checkpoint says; without one "first"."""
+    parent = directory.resolve().parent  # if `directory` is the Transformer inside its folder
+    for folder in (directory, *[parent] * (parent / "modules.json").is_file()):
+        if (folder / POOLING_FILE).is_file():
+            entries = read_json(folder / POOLING_FILE).items()
+            modes = [name for name, on in entries if name.startswith("pooling_mode_") and on is True]
+            known = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
+            if len(modes) != 1 or modes[0] not in known:
+                raise ValueError(f"{folder / POOLING_FILE}: true is {' and '.join(modes) or 'no pooling_mode'}; "
+                                 f"expected {' or '.join(known)}; choose by --pooling first or mean")
+            return known[modes[0]]
+    return "first"
 
 
 # ---------------------------------------------------------------------------- files
@@ -184,6 +209,7 @@ def download_checkpoint(name):
     try:
         fetch("config.json")
         fetch("tokenizer.json")
+        fetch(str(POOLING_FILE), or_else="config.json")
         return fetch("model.safetensors", or_else="pytorch_model.bin").parent
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and httpx's are among these
         if str(error).startswith("--model"):

@@ -106,8 +106,10 @@ def export_classifier(folder, model, tokenizer, task, temperature, max_length, b
     head.safetensors                      weight V (C, h), bias b (C,), temperature ()
     adapter/                              with LoRA: PeftModel.from_pretrained(encoder, it)
 
-    softmax((V h + b) / temperature), with h the last hidden state of the first token, are the
-    probabilities. `base` names the encoder that the adapter belongs to.
+    1_Pooling/config.json                 if phi is the mean over tokens
+
+    softmax((V phi + b) / temperature), with phi the last hidden state of the first token or the mean over
+    tokens, are the probabilities. `base` names the encoder that the adapter belongs to.
     """
     encoder = copy.deepcopy(model.encoder)
     if has_lora(encoder):

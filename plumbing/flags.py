@@ -206,7 +206,7 @@ def check_task(args, task, tokenizer, config):
         raise ValueError(f"--lora-r {args.lora_r}: more than the width {config.hidden_size} of {args.model}")
 
 
-def print_configuration(args, task):
+def print_configuration(args, task, encoder):
     print("configuration")
     for name, value in configuration(args).items():
         if value is not False:  # a flag like --lora is there or not
@@ -214,6 +214,8 @@ def print_configuration(args, task):
             print(f"  --{name.replace('_', '-'):16s}{shown}".rstrip())
     sizes = ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
     print(f"  samples           {sizes}\n  classes           {', '.join(task.labels)}")
+    phi = "the first token" if encoder.config.pooling == "first" else "the mean over tokens"
+    print(f"  features          {phi}")
     if task.skipped:
         counts = ", ".join(f"{name} {count}" for name, count in task.skipped.items())
         print(f"  skipped           rows without text: {counts}")

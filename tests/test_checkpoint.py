@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -344,3 +345,34 @@ def test_a_config_this_encoder_cannot_follow_is_refused(random_folder, tmp_path,
     (tmp_path / "config.json").write_text(text.replace(change, message))
     with pytest.raises(ValueError, match="config.json"):
         load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("modes, expected", [
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "first"),
+    ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+    ({"pooling_mode_max_tokens": True}, "true is pooling_mode_max_tokens; expected pooling_mode_cls_token or"),
+    ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "cls_token and pooling_mode_mean_tokens;"),
+    ({}, "true is no pooling_mode")])
+@pytest.mark.parametrize("inside", [False, True])
+def test_auto_takes_the_pooling_of_the_folder(random_folder, tmp_path, modes, expected, inside):
+    """Beside the checkpoint, or above it in a sentence-transformers folder; --pooling overrides it."""
+    folder = tmp_path / "0_Transformer" if inside else tmp_path
+    shutil.copytree(random_folder, folder, dirs_exist_ok=True)
+    assert load_pretrained(folder)[0].config.pooling == "first"  # as in the paper, where nothing is said
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": folder.name if inside else ""}]))
+    assert load_pretrained(folder, "mean")[0].config.pooling == "mean"
+    if expected in ("first", "mean"):
+        assert load_pretrained(folder)[0].config.pooling == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            load_pretrained(folder)
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_a_saved_encoder_keeps_its_pooling(random_folder, tmp_path, pooling):
+    encoder, tokenizer = load_pretrained(random_folder, pooling)
+    save_pretrained(tmp_path, encoder, tokenizer)
+    assert load_pretrained(tmp_path)[0].config == encoder.config
+    assert (tmp_path / "1_Pooling" / "config.json").is_file() == (pooling == "mean")

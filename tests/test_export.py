@@ -28,11 +28,11 @@ TEXTS = [text for text, _ in tiny.load("tiny")["test"][:40]]
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def run(request, random_folder, tmp_path_factory):
-    """(run folder, exported folder) of a short run, with and without LoRA."""
+    """(run folder, exported folder) of a short run: of the first token, and with LoRA and the mean."""
     folder = tmp_path_factory.mktemp("run") / request.param
     assert train.main(["--method", "lpft", "--model", str(random_folder), "--data", "tiny-120", "--epochs", "2",
                        "--lr", "2e-3", "--max-length", "64", "--out", str(folder), "--export", f"{folder}-export"]
-                      + LORA * (request.param == "lora")) == 0
+                      + [*LORA, "--pooling", "mean"] * (request.param == "lora")) == 0
     return folder, folder.with_name(f"{folder.name}-export")
 
 
@@ -43,7 +43,9 @@ def probabilities_by_transformers(folder, texts):
     head = safetensors.torch.load_file(folder / "head.safetensors")
     with torch.no_grad():
         batch = tokenizer(texts, padding=True, return_tensors="pt")
-        features = encoder(**batch).last_hidden_state[:, 0]
+        hidden, mask = encoder(**batch).last_hidden_state, batch["attention_mask"][:, :, None]
+    mean = (folder / "1_Pooling" / "config.json").is_file()
+    features = (hidden * mask).sum(1) / mask.sum(1) if mean else hidden[:, 0]
     return ((features @ head["weight"].T + head["bias"]) / head["temperature"]).softmax(1)
 
 

@@ -2,10 +2,8 @@
 
 import json
 
-import matplotlib.colors
 import numpy as np
 import pytest
-import torch
 
 from lab import figures
 from lab.runs import METHODS
@@ -20,30 +18,22 @@ def write_run(out, run, records=(), **kernel):
         np.savez(folder / "ntk.npz", **kernel)
 
 
-def colour(name):
-    return pytest.approx(matplotlib.colors.to_rgba(figures.COLOURS[name]))
-
-
 def test_each_method_has_a_colour_of_its_own():
-    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS) == len(METHODS) + 1
-    assert len(set(figures.CLASS_COLOURS)) == len(figures.CLASS_COLOURS)
+    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS) == len(METHODS)
 
 
 def test_head_norms_are_those_of_the_logs(tmp_path):
-    """LP's path of one seed; of the FT stage the mean over seeds by epoch; bars of what was kept."""
+    """LP's path of one seed; of the FT stage the mean over seeds by epoch."""
     results = {}
     for m, name in enumerate(METHODS):
         for seed in (1, 2):
             write_run(tmp_path, f"{name}-{seed}", [{"stage": "lp", "path": [[0.0, 0.3], [2.0, 0.8]]}] * ("LP" in name) + [
-                {"stage": "ft", "head_norm": m + seed + epoch, "train_accuracy": 0.1 * seed + 0.2 * epoch}
+                {"stage": "ft", "head_norm": m + seed + epoch}
                 for epoch in (0, 1)] * (name != "LP"))
-            results[f"{name}-{seed}"] = {"head_norm": 10.0 * m + seed, "head_diff": 99.0}
-    lp, ft, accuracy, end, right = figures.head_norms(tmp_path, results, [1, 2]).axes
+    lp, ft, right = figures.head_norms(tmp_path, results, [1, 2]).axes
     assert lp.lines[0].get_ydata().tolist() == [0.0, 2.0] and right.lines[0].get_ydata().tolist() == [0.3, 0.8]
     assert [line.get_ydata().tolist() for line in ft.lines] == [[m + 1.5, m + 2.5] for m in (1, 2, 3, 4)]
-    assert accuracy.lines[0].get_ydata().tolist() == pytest.approx([0.15, 0.35])
-    assert [bar.get_height() for bar in end.patches] == [1.5, 11.5, 21.5, 31.5, 41.5]
-    assert [bar.get_facecolor() for bar in end.patches] == [colour(name) for name in METHODS]
+    assert [line.get_color() for line in ft.lines] == [figures.COLOURS[name] for name in METHODS if name != "LP"]
 
 
 def test_spectra_are_means_over_seeds_of_what_the_rank_counts(tmp_path):
@@ -104,52 +94,44 @@ def test_feature_change_has_standard_errors():
         figures.head_scales(None, results, [2, 3])
 
 
-def made_runs(classes=2, samples=40, **temperatures):
-    """What load_run gives of every method and unit, by a function; the classes lie apart."""
-    labels = torch.arange(samples) % classes
-    rows = 3 * torch.eye(classes, 8)
-    features = rows[labels] + 0.1 * torch.randn(samples, 8, generator=torch.Generator().manual_seed(0))
-    logits = torch.tensor([[0.0, 2.0]]).repeat(samples, 1)  # always the second class
-    names = [f"class {c}" for c in range(classes)]
-    return lambda name, unit: (features, logits, temperatures.get(name, 2.0), rows, labels, names)
+def write_logits(out, logits, labels, units=(1,), **temperatures):
+    """The saved logits (N, C) of every method and unit; results, in which None is a T that was not fitted."""
+    results = {}
+    for name in METHODS:
+        for unit in units:
+            write_run(out, f"{name}-{unit}")
+            np.savez(out / "runs" / f"{name}-{unit}" / "logits.npz", logits_test=logits, labels_test=labels)
+            t = temperatures.get(name, 2.0)
+            results[f"{name}-{unit}"] = {"temperature": t or 1.0, "temperature_reason": None if t else "a reason"}
+    return results
 
 
-def test_reliability_is_accuracy_by_confidence_before_and_after():
+def test_reliability_is_accuracy_by_confidence_before_and_after(tmp_path):
     """One bin: confidence 1 / (1 + e^-2), then with T = 2 1 / (1 + e^-1); half of the samples are right."""
-    axis = figures.reliability(None, {}, [1], made_runs()).axes[0]
+    always_the_second = np.tile(np.float32([0.0, 2.0]), (40, 1))
+    results = write_logits(tmp_path / "one", always_the_second, np.arange(40) % 2)
+    axis = figures.reliability(tmp_path / "one", results, [1]).axes[0]
     before, after = (scatter.get_offsets()[0] for scatter in axis.collections)
     assert before.tolist() == pytest.approx([1 / (1 + np.exp(-2)), 0.5])
     assert after.tolist() == pytest.approx([1 / (1 + np.exp(-1)), 0.5])
-    _, _, _, _, labels, names = made_runs(samples=60)("LP", 1)
-    spread = torch.linspace(0, 4, 60)  # confidences from 1/2 to 0.98
-    logits = torch.stack([torch.zeros(60), spread], 1)
-    axis = figures.reliability(None, {}, [1, 2], lambda *run: (None, logits, 1.0, None, labels, names)).axes[0]
-    expected = len(set(np.ceil((1 / (1 + np.exp(-spread.double().numpy()))) * 15)))
+    spread = np.linspace(0, 4, 60, dtype=np.float32)  # confidences from 1/2 to 0.98
+    results = write_logits(tmp_path, np.stack([0 * spread, spread], 1), np.arange(60) % 2, units=(1, 2), LP=1.0)
+    axis = figures.reliability(tmp_path, results, [1, 2]).axes[0]
+    expected = len(set(np.ceil((1 / (1 + np.exp(-spread.astype(float)))) * 15)))
     assert len(axis.collections[0].get_offsets()) == expected == 8  # of the 15 bins, as in ECE
     assert axis.get_legend_handles_labels()[1][0] == "as trained, 120 texts"  # of both units
 
 
-def test_without_a_temperature_reliability_stays_as_trained():
-    axes = figures.reliability(None, {}, [1], made_runs(FT=None)).axes
+def test_without_a_temperature_reliability_stays_as_trained(tmp_path):
+    results = write_logits(tmp_path, np.tile(np.float32([0.0, 2.0]), (40, 1)), np.arange(40) % 2, FT=None)
+    axes = figures.reliability(tmp_path, results, [1]).axes
     before, after = (scatter.get_offsets()[0].tolist() for scatter in axes[1].collections)
     assert before == after
     assert [axis.get_title() for axis in axes[:2]] == ["LP, mean T = 2", "FT, T not fitted"]
 
 
-def test_maps_of_features_show_each_class_in_its_colour_beside_its_head_row():
-    axis = figures.feature_maps(None, {}, [1], made_runs()).axes[0]
-    first, star, second, other_star = (collection.get_offsets() for collection in axis.collections)
-    assert len(first) == len(second) == 20 and len(star) == 1
-    near = np.linalg.norm(first - star, axis=1).mean()
-    assert near < np.linalg.norm(first - other_star, axis=1).mean()
-    assert tuple(axis.collections[0].get_facecolor()[0][:3]) == matplotlib.colors.to_rgb(figures.CLASS_COLOURS[0])
-    assert figures.feature_maps(None, {}, [1], made_runs(classes=20)).legends == []  # it would hide the maps
-    with pytest.raises(ValueError, match="too few for t-SNE"):
-        figures.feature_maps(None, {}, [1], made_runs(samples=4))
-
-
 def test_what_cannot_be_drawn_is_named_and_the_rest_is_drawn(tmp_path):
-    """Runs whose weights are gone: no maps, but norms and spectra; a picture of other runs does not stay."""
+    """Runs whose logits are gone: no reliability, but norms and spectra; a picture of other runs does not stay."""
     results = {}
     for name in METHODS:
         for seed in (1, 2):
@@ -158,10 +140,10 @@ def test_what_cannot_be_drawn_is_named_and_the_rest_is_drawn(tmp_path):
             results[f"{name}-{seed}"] = {"head_norm": 1.0, "ntk": {
                 kernel: {"singular_values": [1.0, 0.5]} for kernel in "PF"}}
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "features.png").write_text("old")
+    (tmp_path / "figures" / "reliability.png").write_text("old")
     (tmp_path / "runs" / "FT-1" / "ntk.npz").write_text("cut")
     drawn, problems = figures.make_all(tmp_path, results, [1, 2])
-    assert sorted(file for file, _ in drawn.values()) == ["head-norm", "spectra"] and len(problems) == 4
+    assert sorted(file for file, _ in drawn.values()) == ["head-norm", "spectra"] and len(problems) == 3
     assert all(len(problem.splitlines()) == 1 for problem in problems)
-    assert not (tmp_path / "figures" / "features.png").exists()
+    assert not (tmp_path / "figures" / "reliability.png").exists()
     assert (tmp_path / "figures" / "head-norm.svg").stat().st_size > 5000

@@ -44,6 +44,20 @@ def test_features_do_not_depend_on_padding(minilm):
         assert (alone[0] - together[i]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("pooling", ["auto", "first"])
+def test_features_of_minilm_are_pooled_as_its_folder_says(minilm, pooling):
+    """auto: 1_Pooling/config.json says the mean over tokens, padding left out; here taken by hand."""
+    transformers = pytest.importorskip("transformers")
+    encoder, tokenizer = load_pretrained(minilm, pooling)
+    batch, _ = encode(tokenizer, [(s, None, 0) for s in SENTENCES], 128).batch(range(len(SENTENCES)))
+    with torch.no_grad():
+        found = Classifier(encoder, 2).eval().features(**batch)
+        hidden = transformers.AutoModel.from_pretrained(minilm, dtype=torch.float32).eval()(**batch)[0]
+    rows = [h[mask.bool()] for h, mask in zip(hidden, batch["attention_mask"])]  # (tokens, h) of each sentence
+    expected = torch.stack([h.mean(0) if pooling == "auto" else h[0] for h in rows])
+    assert (found - expected).abs().max() < 1e-5
+
+
 def test_features_are_the_first_hidden_state_of_the_full_encoder(encoder, batch):
     """first_token_only leaves work out of the last layer and changes no number."""
     features = Classifier(encoder, 3).double().eval().features(**batch)

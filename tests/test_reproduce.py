@@ -121,7 +121,7 @@ def test_the_report_stands_alone(folder, written):
     assert "--seed $unit" in line and "--ntk 20" in line
     assert any(line.startswith("| FT-scale10 | ") and "--head-scale 10" in line for line in text.splitlines())
     assert "http" not in page and "<script" not in page and page.count("data:image/svg+xml;base64,") == 6
-    for name in ("head-norm", "head-scale", "spectra", "trace-norms", "features", "reliability"):
+    for name in ("head-norm", "head-scale", "spectra", "trace-norms", "reliability"):
         assert (folder / "figures" / f"{name}.svg").stat().st_size > 5000
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -521,7 +521,7 @@ def test_the_map_has_a_point_for_each_rate_method_and_language(made_up_runs, tmp
     results, one = made_up(units=range(2)), reproduce.run_one
 
     def run_one(args, name, flags, processes, stopping):
-        why = one(args, name, flags, processes)
+        why = one(args, name, flags, processes, stopping)
         if not why and not name.startswith("encoder-"):
             method, unit = name.split(".", 1)[1].split("=")[0], name.rsplit("-", 1)[1]
             (args.out / "runs" / name / "result.json").write_text(json.dumps(results[f"{method}-{unit}"]))
