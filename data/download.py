@@ -3,25 +3,21 @@
     python -m data.download cb rte                  into datasets/
     python -m data.download cola --data-dir my/data
 
-Each file comes over HTTPS under a temporary name, is compared with what the server announced, with
-the SHA-256 where it is known, unpacked, and its rows are counted; only then does it get its name. A
-transfer that is cut, wrong or interrupted leaves nothing behind, and files that are there stay.
+Each file comes over HTTPS under a temporary name, is compared with the SHA-256 where it is known, unpacked,
+and its rows are counted; only then does it get its name. A transfer that is cut, wrong or interrupted leaves
+no file behind, and files that are there stay.
 """
 
 import argparse
-import hashlib
 import http.client
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from torch.hub import download_url_to_file
 
 from data import check_rows
 from data.corpora import CORPORA
@@ -74,9 +70,8 @@ def download(name, data_dir, sources=SOURCES):
         raise ValueError(f"{name}: its publishers give no address for a program; {corpus.by_hand}; "
                          f"put these into {folder}")
     source = sources[name]
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with removed_if_empty(made), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
         fetched = {split: fetch(url, Path(temporary) / (split or "archive"), (source.sha256 or {}).get(split))
                    for split, url in source.urls.items() if split in ("", *absent)}
         if "" in fetched:
@@ -98,36 +93,14 @@ def download(name, data_dir, sources=SOURCES):
     print(f"{name}: {', '.join(absent.values())} in {folder}")
 
 
-@contextmanager
-def removed_if_empty(folders):
-    """Of what was made for a file that then did not come, nothing stays."""
-    try:
-        yield
-    finally:
-        for path in folders:
-            if not any(path.iterdir()):
-                path.rmdir()
-
-
 def fetch(url, path, sha256=None):
-    """Write what `url` serves to `path` and return it; ValueError if it is cut or not what is expected."""
-    digest, size = hashlib.sha256(), 0
+    """Write what `url` serves to `path` and return it; OSError, or ValueError if it is not what is expected."""
     try:
-        with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
-            announced = response.headers.get("Content-Length")
-            with tqdm(total=announced and int(announced), desc=url.rsplit("/", 1)[1], unit="B",
-                      unit_scale=True) as bar:
-                while chunk := response.read(2**16):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    size += len(chunk)
-                    bar.update(len(chunk))
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        download_url_to_file(url, str(path), hash_prefix=sha256)
+    except RuntimeError as error:  # of the hash
+        raise ValueError(f"{url}: SHA-256 is not as expected: {error}") from None
+    except (OSError, http.client.HTTPException) as error:  # urllib's are OSErrors
         raise OSError(f"{url}: {getattr(error, 'reason', None) or error}") from None
-    if announced is not None and size != int(announced):
-        raise ValueError(f"{url}: the transfer ended after {size} of {announced} bytes; try again")
-    if sha256 and digest.hexdigest() != sha256:
-        raise ValueError(f"{url}: SHA-256 is {digest.hexdigest()}; expected {sha256}")
     return path
 
 

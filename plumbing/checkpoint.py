@@ -50,14 +50,14 @@ def load_pretrained(name, pooling="auto"):
 
     pooling: "first" or "mean" over tokens is phi; "auto" asks the checkpoint (read_pooling).
 
-    Needs config.json, tokenizer.json, and model.safetensors or pytorch_model.bin; saved as a bare encoder,
-    with an MLM head or by sentence-transformers. Raises FileNotFoundError for a missing file, ValueError for
+    Needs config.json, tokenizer.json and model.safetensors; saved as a bare encoder, with an MLM head or by
+    sentence-transformers. Raises FileNotFoundError for a missing file, ValueError for
     an architecture that is not supported and for a tensor that is missing, left over or of the wrong shape.
     """
     directory = find_checkpoint(name)
     config = read_config(directory / "config.json")
     config.pooling = read_pooling(directory) if pooling == "auto" else pooling
-    weights, path = read_weights(directory)
+    weights, path = read_safetensors(directory / "model.safetensors"), directory / "model.safetensors"
     try:
         encoder = Encoder(config)
     except (ValueError, RuntimeError) as error:  # heads that do not divide the width; sizes beyond memory
@@ -196,21 +196,19 @@ def download_checkpoint(name):
     print(f"checkpoint {name}: from the Hugging Face hub or its cache", flush=True)
     logging.set_verbosity_error()  # it tries for half a minute; a warning for each try says nothing more
 
-    def fetch(file, or_else=None):
+    def fetch(file):
         try:
             return Path(hf_hub_download(name, file))
         except EntryNotFoundError as error:
-            if or_else:
-                return fetch(or_else)
+            if file == str(POOLING_FILE):  # which most do not have
+                return None
             if isinstance(error, LocalEntryNotFoundError):  # the hub cannot be reached, so who knows
                 raise
             raise FileNotFoundError(f"--model {name}: on the hub it has no {file}") from None
 
     try:
-        fetch("config.json")
-        fetch("tokenizer.json")
-        fetch(str(POOLING_FILE), or_else="config.json")
-        return fetch("model.safetensors", or_else="pytorch_model.bin").parent
+        found = [fetch(file) for file in ("config.json", "tokenizer.json", "model.safetensors", str(POOLING_FILE))]
+        return found[0].parent
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and httpx's are among these
         if str(error).startswith("--model"):
             raise
@@ -235,25 +233,6 @@ def read_tokenizer(path, vocab_size):
     return tokenizer
 
 
-def read_weights(directory):
-    """({name: tensor}, path) from model.safetensors or else from pytorch_model.bin."""
-    path = directory / "model.safetensors"
-    if path.is_file():
-        return read_safetensors(path), path
-    path = directory / "pytorch_model.bin"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no model.safetensors and no pytorch_model.bin (weights in "
-                                "several files, shards, are not read)")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)  # tensors, never code
-    except Exception as error:  # torch raises many types for a damaged or an unsafe file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a file of tensors ({reason})") from None
-    if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
-        raise ValueError(f"{path}: expected a dict of tensors, found {type(weights).__name__}")
-    return weights, path
-
-
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
                       "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
                       "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -265,6 +244,8 @@ def read_safetensors(path):
     The format: 8 bytes with the header's length (little-endian), the header as JSON
     {name: {dtype, shape, data_offsets: [begin, end]}}, then the raw bytes of all tensors.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; weights in other formats or in shards are not read")
     size = path.stat().st_size
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")

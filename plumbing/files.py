@@ -87,7 +87,7 @@ def read_json(path):
     """The object in a JSON file, as a dict."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds config.json, "
-                                "tokenizer.json and model.safetensors or pytorch_model.bin")
+                                "tokenizer.json and model.safetensors")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8

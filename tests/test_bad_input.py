@@ -193,7 +193,7 @@ CHECKPOINTS = [
     (remove("tokenizer.json"), "tokenizer.json: no such file"),
     (write("tokenizer.json", b"{}"), "tokenizer.json: not a tokenizers file"),
     (cut("tokenizer.json", 1000), "tokenizer.json: not a tokenizers file"),
-    (remove("model.safetensors"), "no model.safetensors"),
+    (remove("model.safetensors"), "model.safetensors: no such file"),
     (cut("model.safetensors", 5), "model.safetensors: not a whole safetensors file"),
     (cut("model.safetensors", 100), "model.safetensors: not a whole safetensors file"),
     (cut("model.safetensors", 100_000), "claims bytes"),
@@ -201,7 +201,7 @@ CHECKPOINTS = [
     (weights(lambda tensors: tensors.pop(EMBEDDINGS)), EMBEDDINGS),
     (weights(lambda tensors: tensors.update({EMBEDDINGS: torch.zeros(282, 32)})), EMBEDDINGS),
     (weights(lambda tensors: tensors[EMBEDDINGS].fill_(float("nan"))), "NaN or infinity"),
-    (bin_with_code, "pytorch_model.bin: not a file of tensors"),
+    (bin_with_code, "model.safetensors: no such file; weights in other formats"),
 ]
 
 

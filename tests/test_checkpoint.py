@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import io
 import json
 import os
 import random
@@ -21,7 +20,7 @@ import transformers
 from conftest import SENTENCES, find_data
 from data import encode, tiny
 from data.corpora import corpus_sources
-from plumbing.checkpoint import (check_config, load_pretrained, read_safetensors, read_weights, save_pretrained,
+from plumbing.checkpoint import (check_config, load_pretrained, read_safetensors, save_pretrained,
                                  write_safetensors)
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3, dtype=torch.float16),
@@ -73,11 +72,14 @@ class Malicious:
         return (open, ("ran", "w"))
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
+def test_a_pickle_with_code_is_not_run(tmp_path, monkeypatch, random_folder):
+    """Only safetensors are read: pytorch_model.bin, whatever it holds, is not opened."""
     monkeypatch.chdir(tmp_path)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(random_folder / name, tmp_path)
     torch.save({"t": Malicious()}, "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin"):
-        read_weights(tmp_path)
+    with pytest.raises(FileNotFoundError, match="model.safetensors: no such file"):
+        load_pretrained(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -140,18 +142,6 @@ def test_a_hub_name_is_fetched_once_and_then_found_offline(hub, random_folder, t
     assert (status, float(lines[-1])) == (0, pytest.approx(expected)), lines
 
 
-def test_pickled_weights_are_fetched_where_there_are_no_others(hub, random_folder, tmp_path):
-    address, files = hub
-    weights = read_safetensors(random_folder / "model.safetensors")
-    prefix, expected = "/org/name/resolve/main/", weights["embeddings.word_embeddings.weight"].sum()
-    del files[prefix + "model.safetensors"]
-    buffer = io.BytesIO()
-    torch.save(weights, buffer)
-    files[prefix + "pytorch_model.bin"] = buffer.getvalue()
-    status, lines = load_by_name("org/name", tmp_path, HF_ENDPOINT=address)
-    assert (status, float(lines[-1])) == (0, pytest.approx(float(expected))), lines
-
-
 @pytest.mark.parametrize("name, environment", [
     ("roberta-base", {"HF_HUB_OFFLINE": "1"}),
     pytest.param("org/name", {"HF_ENDPOINT": "http://127.0.0.1:9"}, marks=pytest.mark.slow),  # 30 s of tries
@@ -160,6 +150,13 @@ def test_a_hub_that_cannot_be_reached_is_one_line_that_names_the_flag(name, envi
     status, lines = load_by_name(name, tmp_path, **environment)
     assert status == 1 and len(lines) == 2, lines  # the first says what is being tried
     assert lines[1].startswith(f"--model {name}: ") and "give --model the path of a local folder" in lines[1]
+
+
+def test_the_pooling_file_of_the_hub_is_fetched(hub, random_folder, tmp_path):
+    address, files = hub
+    files["/org/name/resolve/main/1_Pooling/config.json"] = b'{"pooling_mode_max_tokens": true}'
+    status, lines = load_by_name("org/name", tmp_path, HF_ENDPOINT=address)
+    assert status == 1 and "choose by --pooling first or mean" in lines[-1]
 
 
 def test_a_hub_folder_without_a_tokenizer_is_refused_by_the_name_of_the_file(hub, tmp_path):
@@ -173,7 +170,7 @@ def test_weights_in_several_files_are_refused_by_name(random_folder, tmp_path):
     for path in random_folder.iterdir():
         new = "model-00001-of-00002.safetensors" if path.suffix == ".safetensors" else path.name
         (tmp_path / new).write_bytes(path.read_bytes())
-    with pytest.raises(FileNotFoundError, match="shards, are not read"):
+    with pytest.raises(FileNotFoundError, match="in shards are not read"):
         load_pretrained(tmp_path)
 
 
@@ -296,13 +293,13 @@ def test_a_saved_encoder_opens_in_transformers(random_folder, batch):
     assert difference.abs().max() < 2e-5
 
 
-def test_old_names_and_pickled_tensors_load_alike(minilm, tmp_path):
-    """pytorch_model.bin of the first releases: `bert.` in front, gamma and beta in LayerNorm."""
+def test_old_names_load_alike(minilm, tmp_path):
+    """Checkpoints of the first releases: `bert.` in front, gamma and beta in LayerNorm."""
     encoder, _ = load_pretrained(minilm)
     state = transformers.AutoModel.from_pretrained(minilm).state_dict()
     old = {"bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma")
            .replace("LayerNorm.bias", "LayerNorm.beta"): t for name, t in state.items()}
-    torch.save(old | {"cls.predictions.bias": torch.zeros(3)}, tmp_path / "pytorch_model.bin")
+    write_safetensors(tmp_path / "model.safetensors", old | {"cls.predictions.bias": torch.zeros(3)})
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((minilm / name).read_bytes())
     loaded, _ = load_pretrained(tmp_path)

@@ -7,6 +7,7 @@ import threading
 import zipfile
 
 import pytest
+import torch
 
 from data import download as download_file
 from data.download import SOURCES, Source, download
@@ -82,7 +83,7 @@ def test_a_file_that_is_there_is_not_touched(server, tmp_path):
 
 
 @pytest.mark.parametrize("content, excess, message", [
-    (make_archive()[:-30], 30, "ended after"),  # the connection was cut
+    (make_archive()[:-30], 30, "not the archive"),  # the connection was cut
     (make_archive()[:-30], 0, "not the archive"),
     (b"<html>Sign in</html>", 0, "not the archive"),
     (make_archive(members=("DB/train.jsonl", "DB/val.jsonl")), 0, "not the archive"),
@@ -98,7 +99,7 @@ def test_a_cut_or_wrong_transfer_leaves_nothing(server, tmp_path, content, exces
         files["/CB.zip"], excesses["/CB.zip"] = content, excess
     with pytest.raises((ValueError, OSError), match=message):
         download("cb", tmp_path / "new" / "folder", cb(base))
-    assert not any(tmp_path.iterdir())
+    assert not left(tmp_path)
 
 
 def test_an_interrupted_transfer_leaves_nothing(server, tmp_path, monkeypatch):
@@ -118,10 +119,10 @@ def test_an_interrupted_transfer_leaves_nothing(server, tmp_path, monkeypatch):
         def update(self, count):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(download_file, "tqdm", Interrupted)
+    monkeypatch.setattr(torch.hub, "tqdm", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         download("cb", tmp_path, cb(base))
-    assert not any(tmp_path.iterdir())
+    assert not left(tmp_path)
 
 
 def test_the_sha256_of_a_file_is_compared(server, tmp_path):
@@ -130,7 +131,7 @@ def test_the_sha256_of_a_file_is_compared(server, tmp_path):
     files["/train"] = files["/test"] = (header + "1\t5\t6\tIt fell .\tIt dropped .\n").encode()
     urls, rows = {"train": f"{base}/train", "test": f"{base}/test"}, {"train": 1, "test": 1}
     right = hashlib.sha256(files["/test"]).hexdigest()
-    with pytest.raises(ValueError, match="SHA-256 .* expected 0000"):
+    with pytest.raises(ValueError, match="SHA-256 .*expected .0000"):
         download("mrpc", tmp_path, {"mrpc": Source(urls, rows, {"train": right, "test": "0" * 64})})
     assert not left(tmp_path)
     download("mrpc", tmp_path, {"mrpc": Source(urls, rows, {"train": right, "test": right})})
