@@ -173,7 +173,7 @@ class Classifier(nn.Module):
         return self.pool(self.encoder(**batch, first_token_only=first), batch["attention_mask"])
 
     def pool(self, hidden, attention_mask):
-        """phi, (N, h), of the last hidden states (N, L, h): the first token's, or the mean without padding."""
+        """phi, (N, h), of last hidden states (N, L, h): the first token's, or the mean without padding."""
         if self.encoder.config.pooling == "first":
             return hidden[:, 0]
         mask = attention_mask[:, :, None].to(hidden)  # (N, L, 1)

@@ -17,7 +17,7 @@ import plumbing  # noqa: F401  before torch
 import torch
 
 import ntk
-from data import draw_ntk_samples, load_task, read_task, tiny
+from data import draw_ntk_samples, load_task, read_task
 from lpft import (METRICS, NotFinite, accuracy, best_epoch, calibration_error, feature_statistics, fine_tune,
                   fit_linear_probe, fit_temperature, logits_of, predict, set_head, why_no_temperature)
 from model import Classifier, add_lora, count_parameters
@@ -26,8 +26,7 @@ from plumbing import checkpoint, devices, exact, export, files, flags, run_folde
 
 def parse_args(argv=None):
     """The flags, with every default filled in; meaningless ones end in one line and status 2."""
-    parser = flags.Parser("train.py", epilog="Example: python train.py --method lpft --lora",
-                          description="Train a text classifier; measure accuracy, features and calibration.")
+    parser = flags.Parser("train.py", description="Train a text classifier: train.py --method lpft --lora")
     add = parser.add_argument_group("method, model and task").add_argument
     add("--method", choices=("lp", "ft", "lpft"), default="lpft", help="lp, linear probing: fit the head on "
         "frozen features; ft, fine-tuning: all from a random head; lpft: ft from lp's head (default: lpft)")
@@ -35,13 +34,10 @@ def parse_args(argv=None):
         "projections instead of the whole encoder")
     add("--lora-r", type=int, metavar="R", help="rank of the updates (default: 8)")
     add("--lora-alpha", type=float, metavar="A", help="updates are scaled by A / R (default: 8)")
-    add("--lp-scoring", choices=("accuracy", "log-loss"), help="chooses LP's penalty (default: accuracy)")
+    add("--lp-scoring", choices=("accuracy", "log-loss"), help="for LP's penalty (default: by --data)")
     add("--lp-inverse-l2", type=float, metavar="C", help="fix LP's penalty (scikit-learn's C)")
     add("--model", default="tiny", metavar="{tiny,DIR,HUB}", help="tiny: the one in data/tiny_encoder; or "
         "a folder with a BERT or RoBERTa checkpoint; or its name on the Hugging Face hub (default: tiny)")
-    add("--pooling", choices=("auto", "first", "mean"), default="auto", help="phi(x) is the first token, as "
-        "in the paper, or the mean over tokens; auto: what the checkpoint's 1_Pooling/config.json says, if "
-        "there is one, else first (default: auto)")
     add("--data", default="tiny", metavar="NAME|DIR", help=f"{', '.join(flags.tiny.TASKS)}; or one of "
         f"the paper's, {', '.join(flags.CORPORA)}; or a folder with train, maybe val, test, ood_NAME, each "
         ".tsv, .csv or .jsonl with text (or text_a, text_b) and label (default: tiny)")
@@ -74,9 +70,8 @@ def run(args, state):
     if args.method != "ft":  # LP: the head alone
         result["lp"] = lp_stage(args, model, task, features_0)
     if args.method != "lp":  # the FT stage, from the random head or from LP's
-        with torch.no_grad():
-            for parameter in model.head.parameters():  # V and b
-                parameter *= args.head_scale or 1.0
+        for parameter in model.head.parameters():  # V and b
+            parameter.data *= args.head_scale or 1.0
         head_0 = model.head.weight.detach().clone()  # V_0, where the FT stage starts
         if args.lora:
             add_lora(model.encoder, args.lora_r, args.lora_alpha)  # the rest of the encoder is frozen
@@ -99,12 +94,9 @@ def run(args, state):
 def load(args):
     """(Task, Encoder, Tokenizer); ValueError for data, encoder and flags that do not fit each other."""
     rows = read_task(args.data, args.data_dir, args.language)
-    encoder, tokenizer = checkpoint.load_pretrained(tiny.ENCODER if args.model == "tiny" else args.model,
-                                                    args.pooling)
+    encoder, tokenizer = checkpoint.load_pretrained(args.model, args.pooling)
     task = load_task(rows, tokenizer, args.max_length, None, args.max_train, args.seed, args.max_test)
     flags.check_task(args, task, tokenizer, encoder.config)
-    if args.ntk:
-        draw_ntk_samples(args.ntk, args.seed, task)  # refuses too few now, before minutes of work
     return task, encoder, tokenizer
 
 
@@ -123,8 +115,7 @@ def lp_stage(args, model, task, features_0):
     size, (_, total) = model.head.weight.numel() + model.head.bias.numel(), count_parameters(model)
     print(f"\nLP    trains the head alone, on {len(labels)} fixed features: {size:,} of {total:,} "
           f"parameters ({100 * size / total:.3g} %)")
-    features = features_0["train"]
-    probe = fit_linear_probe(features, labels, len(task.labels), args.lp_inverse_l2, args.lp_scoring)
+    probe = fit_linear_probe(features_0["train"], labels, len(task.labels), args.lp_inverse_l2, args.lp_scoring)
     set_head(model, probe)
     logits, val_logits = (logits_of(model, features_0[name]) for name in ("train", "val"))  # (N, C)
     record = {"stage": "lp", "inverse_l2": probe.inverse_l2, "train_accuracy": accuracy(logits, labels),
@@ -242,13 +233,12 @@ def print_table(args, result):
     """The final table, then one line that a script can parse."""
     scores = list(dict.fromkeys((result["metric"], "accuracy")))
     titles = [*scores, "ECE", "ECE/T", "MCE", "MCE/T", "CS(F)", "Diff(F)", "FDR(F)", "Norm(F)"]
-    print("\n" + " " * 12 + "".join(f"{title:>9s}" for title in titles))
+    head = " " * 12 + "".join(f"{title:>9s}" for title in titles)
+    print("\n" + (head if result["accuracy"] else "no test split: only validation accuracy is known"))
     for name in result["accuracy"]:
         numbers = [result[score][name] for score in scores] + [*result["calibration"][name].values()]
         numbers += result["features"][name].values()
         print(f"{name[:11]:12s}" + "".join(f"{x:9.3f}" if x < 1e4 else f"{x:9.1e}" for x in numbers))
-    if not result["accuracy"]:
-        print("no test split: only validation accuracy is known")
     with_t = f"after dividing logits by T = {result['temperature']:.4g}, fitted on validation"
     if result["temperature_reason"]:
         with_t = f"with T = 1, not fitted: {result['temperature_reason']}"

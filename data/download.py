@@ -94,7 +94,7 @@ def download(name, data_dir, sources=SOURCES):
 
 
 def fetch(url, path, sha256=None):
-    """Write what `url` serves to `path` and return it; OSError, or ValueError if it is not what is expected."""
+    """Write what `url` serves to `path` and return it; OSError, or ValueError for another SHA-256."""
     try:
         download_url_to_file(url, str(path), hash_prefix=sha256)
     except RuntimeError as error:  # of the hash

@@ -55,8 +55,7 @@ class Unit:
         self.results, self.unit = results, unit
 
     def number(self, name, *keys):
-        """The number, or the array of numbers, under `keys` in the result of a run; NotMeasured without it.
-        """
+        """The number, or array of numbers, under `keys` in the result of a run; NotMeasured without it."""
         found = look_up(self.results.get(f"{name}-{self.unit}"), *keys)
         if found is None:
             raise NotMeasured(f"no {'.'.join(keys)} in {name}-{self.unit}")
@@ -84,6 +83,10 @@ def claims(factors):
             return lambda of: of.number(one, *keys) - of.number(other, *keys)
         return lambda of: of.mean(one, *keys, ood=ood) - of.mean(other, *keys, ood=ood)
 
+    def features(label, key, one, other, places):
+        return [Part(f"{label} {place}: {one} - {other}", difference(one, other, "features", key, ood=ood))
+                for place, ood in places]
+
     def growth(of, name):
         return of.number(name, "head_norm") - of.number(name, "head_norm_initial")
 
@@ -109,12 +112,11 @@ def claims(factors):
             return -float(np.polyfit(np.log10(factors), diffs, 1)[0])
         return measure
 
-    def gain(name, ood):  # what temperature scaling takes off the ECE
-        def measure(of):
-            if reason := of.results.get(f"{name}-{of.unit}", {}).get("temperature_reason"):
-                raise NotMeasured(f"T of {name}-{of.unit} is 1: {reason}")
-            return of.mean(name, "calibration", "ece", ood=ood) - of.mean(name, "calibration", "ece_scaled", ood=ood)
-        return measure
+    def gain(of, name, ood):  # what temperature scaling takes off the ECE
+        if reason := of.results.get(f"{name}-{of.unit}", {}).get("temperature_reason"):
+            raise NotMeasured(f"T of {name}-{of.unit} is 1: {reason}")
+        before, after = (of.mean(name, "calibration", key, ood=ood) for key in ("ece", "ece_scaled"))
+        return before - after
 
     def score(one, other, ood, bound=0.0):
         def predicted(logits, labels):
@@ -138,26 +140,25 @@ def claims(factors):
               [Part("growth of ||V||: LP - LoRA", lambda of: growth(of, "LP") - growth(of, "LoRA")),
                Part("growth of ||V||: LP - 2 FT", lambda of: growth(of, "LP") - 2 * growth(of, "FT"))]),
         Claim("LP-FT moves features less than FT", "Features change less in LP-FT than in FT.",
-              Part("Diff(F) in distribution: FT - LP-FT", difference("FT", "LP-FT", "features", "diff", ood=False)),
-              [Part("Diff(F) out of distribution: FT - LP-FT", difference("FT", "LP-FT", "features", "diff", ood=True)),
-               *(Part(f"{label} {place}: {one} - {other}", difference(one, other, "features", key, ood=ood))
-                 for label, key, one, other in (("CS(F)", "cs", "LP-FT", "FT"), ("FDR(F)", "fdr", "FT", "LP-FT"))
-                 for place, ood in places)]),
+              *features("Diff(F)", "diff", "FT", "LP-FT", places[:1]),
+              [*features("Diff(F)", "diff", "FT", "LP-FT", places[1:]),
+               *features("CS(F)", "cs", "LP-FT", "FT", places),
+               *features("FDR(F)", "fdr", "FT", "LP-FT", places)]),
         Claim("LP-FT is better out of distribution than FT",
               "LP-FT matches or beats FT in distribution and beats it out of distribution.",
               score("LP-FT", "FT", True),
-              [score("LP-FT", "FT", False), *(score(name, "LP", False) for name in ("FT", "LoRA", "LP-FT", "LP-LoRA"))]),
+              [score("LP-FT", "FT", False), *(score(name, "LP", False) for name in METHODS if name != "LP")]),
         Claim("The encoder's part of the first step is larger in LP-FT",
-              "F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT than in FT.",
+              "F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT.",
               Part("FT ratio: LP-FT - FT", difference("LP-FT", "FT", "ntk", "ft_ratio")),
               [part for name in ("FT", "LP-FT") for part in (
                   Part(f"rank: F - P, {name}", rank(name)),
                   Part(f"test accuracy of regression: F - P, {name}", lambda of, name=name: of.number(
                       name, "ntk", "F", "test_accuracy") - of.number(name, "ntk", "P", "test_accuracy")))]),
-        Claim("LoRA has nearly the same F as FT", "F under LoRA has nearly the rank and the spectrum of F under FT.",
-              Part("singular values of F, LoRA and FT: geometric mean of smaller / larger", spectrum("FT", "LoRA"), 0.5),
+        Claim("LoRA has nearly the same F as FT", "F under LoRA has nearly F's rank and spectrum under FT.",
+              Part("singular values of F: LoRA / FT, the smaller above", spectrum("FT", "LoRA"), 0.5),
               [Part("the same, LP-LoRA and LP-FT", spectrum("LP-FT", "LP-LoRA"), 0.5)]),
-        Claim("A larger head makes features move less", "A larger starting head norm makes the feature change smaller.",
+        Claim("A larger head makes features move less", "The longer the first head, the less features move.",
               Part("fall of Diff(F) per factor 10 on FT's head, in distribution", fall("FT", False)),
               [Part(f"the same, {name}, {place}", fall(name, ood)) for name, place, ood in
                (("FT", "out of distribution", True), ("LP-FT", "in distribution", False),
@@ -167,7 +168,7 @@ def claims(factors):
               ece("LP-FT", "FT", False),
               [ece("LP-FT", "FT", True), Part("T: LP-FT - FT", difference("LP-FT", "FT", "temperature")),
                *(Part(f"fall of ECE by T {place}: LP-FT - {other}",
-                      lambda of, other=other, ood=ood: gain("LP-FT", ood)(of) - gain(other, ood)(of))
+                      lambda of, other=other, ood=ood: gain(of, "LP-FT", ood) - gain(of, other, ood))
                  for other in ("LP", "FT") for place, ood in places)]),
     ]
 
@@ -204,12 +205,12 @@ def measure(part, results, units, logits=None):
         mean, lower, upper, p = bootstrap(part, logits, values)
     else:
         mean, lower, upper, p = paired_t(values, part.bound)
-    return found | {"mean": mean, "lower": lower, "upper": upper, "p": p, "units": len(units), "values": values}
+    numbers = {"mean": mean, "lower": lower, "upper": upper, "p": p, "units": len(units), "values": values}
+    return found | numbers
 
 
 def paired_t(values, bound=0.0):
-    """(mean, lower, upper, p): the 95 % interval of the mean, Student's t, and p of the mean being `bound`.
-    """
+    """(mean, lower, upper, p): the 95 % interval of the mean, Student's t; p of the mean being `bound`."""
     n, mean = len(values), statistics.mean(values)
     error = statistics.stdev(values) / math.sqrt(n)
     half = stats.t.ppf(0.975, n - 1) * error
@@ -218,9 +219,7 @@ def paired_t(values, bound=0.0):
 
 
 def bootstrap(part, logits, values, draws=None):
-    """The same by drawing units and test texts again together; logits {unit: ({method: {split}}, {split:
-    labels})}.
-    """
+    """The same by drawing units and test texts again together; logits as those of read_logits."""
     rng, units, found, draws = np.random.default_rng(0), [*logits], [], draws or DRAWS
     sizes = {split: len(labels) for split, labels in logits[units[0]][1].items()}
     for _ in range(draws):
@@ -235,25 +234,21 @@ def bootstrap(part, logits, values, draws=None):
 
 
 def read_logits(out, units):
-    """{unit: ({method: {split: logits (N, C)}}, {split: labels (N,)})}, or None where a run has not saved
-    them.
-    """
+    """{unit: ({method: {split: logits (N, C)}}, {split: labels (N,)})}; None where some are not there."""
     found = {}
     for unit in units:
         files = {name: out / "runs" / f"{name}-{unit}" / "logits.npz" for name in METHODS}
         if not all(path.is_file() for path in files.values()):
             return None
         saved = {name: dict(np.load(path)) for name, path in files.items()}
-        splits = [key.removeprefix("labels_") for key in saved["LP"] if key.startswith("labels_") and key != "labels_val"]
+        splits = [key[7:] for key in saved["LP"] if key.startswith("labels_") and key != "labels_val"]
         found[unit] = ({name: {s: of[f"logits_{s}"] for s in splits} for name, of in saved.items()},
                        {s: saved["LP"][f"labels_{s}"] for s in splits})
     return found
 
 
 def holm(ps, level=0.05):
-    """Which of the hypotheses Holm's procedure rejects, so that any is wrongly rejected with 5 % chance at
-    most.
-    """
+    """Which hypotheses Holm's procedure rejects: the chance that any is wrongly rejected is 5 % at most."""
     rejected, going = [False] * len(ps), True
     for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
         going = going and ps[i] <= level / (len(ps) - rank)
@@ -265,8 +260,9 @@ def explain(primary):
     """One sentence: why this verdict, from the measurement."""
     if "mean" not in primary:
         return f"Not measured: {primary['why']}."
-    side = "above" if primary["mean"] > primary["bound"] else "not above"
-    same = sum((value > primary["bound"]) == (primary["mean"] > primary["bound"]) for value in primary["values"])
+    bound, above = primary["bound"], primary["mean"] > primary["bound"]
+    side = "above" if above else "not above"
+    same = sum((value > bound) == above for value in primary["values"])
     clear = "" if primary["verdict"] != "undecided" else ", too few or too different to tell it from chance"
-    return (f"In {same} of {primary['units']} units it is {side} {primary['bound']:g}, on average "
+    return (f"In {same} of {primary['units']} units it is {side} {bound:g}, on average "
             f"{primary['mean']:.3g}{clear}.")

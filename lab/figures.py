@@ -23,8 +23,8 @@ from plumbing.files import read_json
 COLOURS = {"LP": "#E69F00", "FT": "#0072B2", "LoRA": "#56B4E9", "LP-FT": "#D55E00", "LP-LoRA": "#CC79A7"}
 TRAINED = [name for name in METHODS if name != "LP"]  # those with an FT stage
 STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.alpha": 0.3, "legend.frameon": False, "figure.constrained_layout.use": True, "lines.linewidth": 2,
-         "svg.hashsalt": "lpft"}
+         "grid.alpha": 0.3, "legend.frameon": False, "figure.constrained_layout.use": True,
+         "lines.linewidth": 2, "svg.hashsalt": "lpft"}
 
 
 def panels(count, height=3.1):
@@ -56,7 +56,8 @@ def head_norms(out, results, units):
     right.set(ylabel="training accuracy", ylim=(0, 1.02))
     right.spines["right"].set_visible(True)
     right.grid(visible=False)
-    lp.set(xlabel="step of the solver", ylabel="head norm", title=f"LP from V = 0, unit {units[0]}", ylim=(0, None))
+    lp.set(xlabel="step of the solver", ylabel="head norm", title=f"LP from V = 0, unit {units[0]}")
+    lp.set_ylim(0)
     lp.legend([line, dots], ["head norm", "accuracy"], fontsize=9, loc="lower right")
     for name in TRAINED:
         curves = [[r["head_norm"] for r in metrics(out, name, unit) if r["stage"] == "ft"] for unit in units]
@@ -84,7 +85,7 @@ def spectra(out, results, units):
 
 
 def trace_norms(out, results, units):
-    """Fig. 8, 9: trace norm of each C x C block, all panels on one logarithmic scale; lines part the classes."""
+    """Fig. 8, 9: trace norm of each C x C block, all panels on one logarithmic scale; lines part classes."""
     classes = short(read_json(out / "runs" / f"LP-FT-{units[0]}" / "classifier.json")["labels"])
     drawn = [("LP-FT", "P", "pretrain")] + [(name, "F", "ft") for name in TRAINED]
     norms = []
@@ -132,17 +133,19 @@ def head_scales(out, results, units):
     figure, axes = panels(len(groups))
     for axis, (title, group) in zip(axes, groups):
         for name in ("FT", "LP-FT"):
-            diffs = np.array([[statistics.mean(r["features"][split]["diff"] for split in group)
-                               for r in of_units(results, scaled(name, factor), units)] for factor in factors])
+            runs = [of_units(results, scaled(name, factor), units) for factor in factors]
+            diffs = np.array([[statistics.mean(r["features"][split]["diff"] for split in group) for r in of]
+                              for of in runs])  # (factors, units)
             axis.errorbar(factors, diffs.mean(1), diffs.std(1, ddof=1) / len(units) ** 0.5, label=name,
                           color=COLOURS[name], marker="o", capsize=3)
-        axis.set(xscale="log", xlabel="factor on the starting head", ylabel="Diff(F)", title=title, ylim=(0, None))
+        axis.set(xscale="log", xlabel="factor on the starting head", ylabel="Diff(F)", title=title)
+        axis.set_ylim(0)
         axis.legend(title="mean, standard error", fontsize=9)
     return figure
 
 
 def reliability(out, results, units):
-    """Accuracy by confidence, 15 bins, over the test texts of all units; the larger the mark, the more texts."""
+    """Accuracy by confidence, 15 bins, over the test texts of all units; larger marks are of more texts."""
     figure, axes = panels(len(METHODS))
     for axis, name in zip(axes, METHODS):
         runs = of_units(results, name, units)
@@ -150,16 +153,17 @@ def reliability(out, results, units):
         saved = [np.load(out / "runs" / f"{name}-{unit}" / "logits.npz") for unit in units]
         labels = np.concatenate([of["labels_test"] for of in saved])
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=1)
-        for marker, colour, by_t in (("o", COLOURS[name], False), ("^", "#222222", True)):
-            probs = torch.cat([(torch.from_numpy(of["logits_test"]).double() / (run["temperature"] if by_t else 1))
-                               .softmax(1) for of, run in zip(saved, runs)])  # (texts of all units, C)
+        for marker, colour, what in (("o", COLOURS[name], "as trained"), ("^", "#222222", "divided by T")):
+            scaled_by = [run["temperature"] if what == "divided by T" else 1.0 for run in runs]
+            probs = torch.cat([(torch.from_numpy(of["logits_test"]).double() / t).softmax(1)
+                               for of, t in zip(saved, scaled_by)])  # (texts of all units, C)
             confidence, guess = (x.numpy() for x in probs.max(1))
             right, bins = guess == labels, np.ceil(confidence * 15)
             points = np.array([(confidence[bins == b].mean(), right[bins == b].mean(), (bins == b).mean())
                                for b in np.unique(bins)])
             axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=1)
             axis.scatter(points[:, 0], points[:, 1], 8 + 150 * points[:, 2], marker=marker, color=colour,
-                         clip_on=False, label=("divided by T" if by_t else "as trained") + f", {len(right)} texts")
+                         clip_on=False, label=f"{what}, {len(right)} texts")
         title = f"{name}, mean T = {statistics.mean(fitted):.3g}" if fitted else f"{name}, T not fitted"
         axis.set(title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
         axis.legend(fontsize=8)
@@ -169,19 +173,19 @@ def reliability(out, results, units):
 FIGURES = {  # {title: (file name, what draws it, caption)}
     "The head grows (Fig. 1, 4)": ("head-norm", head_norms, "in LP the head's norm goes on growing after "
         "training accuracy has levelled off; in the FT stage it hardly moves from where it starts."),
-    "Feature change against the head (Fig. 3, 10, 11)": ("head-scale", head_scales, "the larger the head that "
-        "training starts from, the less features move."),
-    "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, "F reaches further to the right, it has the higher "
-        "rank; dashed (LoRA) and solid (FT) lines lie near each other."),
-    "Trace norms of P and F (Fig. 8, 9)": ("trace-norms", trace_norms, "one scale for all, the first unit. F is "
-        "small where FT starts from a random head, and many times larger after LP."),
-    "Reliability before and after temperature scaling": ("reliability", reliability, "points below the diagonal "
-        "are too sure, above it too unsure. Dividing by T moves the large marks, most texts, to the diagonal."),
+    "Feature change against the head (Fig. 3, 10, 11)": ("head-scale", head_scales, "the larger the "
+        "head that training starts from, the less features move."),
+    "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, "F reaches further to the right, it has the "
+        "higher rank; dashed (LoRA) and solid (FT) lines lie near each other."),
+    "Trace norms of P and F (Fig. 8, 9)": ("trace-norms", trace_norms, "one scale for all, the first unit. F "
+        "is small where FT starts from a random head, and many times larger after LP."),
+    "Reliability before and after temperature scaling": ("reliability", reliability, "points below "
+        "the diagonal are too sure, above it too unsure. Dividing by T moves the large marks to it."),
 }
 
 
 def make_all(out, results, units):
-    """Draw FIGURES into out/figures: ({title: (file name without suffix, caption)}, why others are not drawn)."""
+    """Draw FIGURES into out/figures: ({title: (file name without suffix, caption)}, why the rest is not)."""
     (out / "figures").mkdir(exist_ok=True)
     drawn, problems = {}, []
     for title, (file, draw, caption) in FIGURES.items():
@@ -195,8 +199,8 @@ def make_all(out, results, units):
         except (ValueError, OSError, KeyError, IndexError, EOFError) as error:  # files lost or cut
             for path in paths:  # of other runs, perhaps
                 path.unlink(missing_ok=True)
-            why = f"a run has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-            problems.append(f"{title}: {why}")
+            missing = "a run has no " if isinstance(error, KeyError) else ""
+            problems.append(f"{title}: {missing}{str(error) or type(error).__name__}")
         finally:
             plt.close("all")
     return drawn, problems

@@ -65,7 +65,8 @@ def run(seed=0):
     """{method: (points, 4)} of measure: FT from a random head, LP, LP-FT; every 50 steps."""
     x, y, x_ood, y_ood, B_0, S, random_head = problem(seed)
     head = linear_probe(x, y, B_0)
-    paths = {"FT": fine_tune(x, y, random_head, B_0), "LP": [(head, B_0)] * 2001, "LP-FT": fine_tune(x, y, head, B_0)}
+    paths = {"FT": fine_tune(x, y, random_head, B_0), "LP": [(head, B_0)] * 2001,
+             "LP-FT": fine_tune(x, y, head, B_0)}
     return {name: measure(path[::50], x, y, x_ood, y_ood, B_0, S) for name, path in paths.items()}
 
 
@@ -95,9 +96,9 @@ def main(argv=None):
         found = mean_of()
         with plt.rc_context(STYLE):
             draw(found).savefig(out, dpi=150)
-        print(f"{'mean of 10':10s}{'train loss':>12s}{'OOD loss':>12s}{'B on S':>10s}{'B off S':>10s}")
+        print(f"{'mean of 10':10s}{'train loss':>12s}{'OOD loss':>12s}{'B on S':>12s}{'B off S':>12s}")
         for name, values in found.items():
-            print(f"{name:10s}" + "".join(f"{x:{w}.3g}" for x, w in zip(values[-1].tolist(), (12, 12, 10, 10))))
+            print(f"{name:10s}" + "".join(f"{x:12.3g}" for x in values[-1]))
         print(f"figure: {out}")
 
     return exit_status("lab.linear_toy", work)

@@ -1,6 +1,6 @@
 """Accuracy in and out of distribution against the learning rate: the picture of LP-FT.
 
-    python -m lab.map                    eight languages, 30, 60 and 120 labels; --languages 3 for a first look
+    python -m lab.map                    eight languages, 30, 60, 120 labels; --languages 3 for less
 
 One line a method, thin for each language, thick for their mean with its 95 % interval; LP, which has no rate,
 is a level. Written to --out: map.svg and .png (accuracy), map-mechanism.svg and .png (Diff(F), T and ECE),
@@ -18,14 +18,14 @@ import numpy as np
 from lab import reproduce
 from lab.claims import paired_t
 from lab.figures import COLOURS, STYLE
-from lab.runs import METHODS, look_up, read_results
+from lab.runs import METHODS, read_results
 from plumbing.files import write_text
 from plumbing.flags import Failed, Parser, exit_status
 
 RATES = {False: (1e-4, 3e-4, 1e-3, 3e-3), True: (5e-4, 2e-3, 5e-3, 1e-2)}  # {LoRA: grid}
 TASKS = {"tiny-30": "30 labels", "tiny": "60 labels", "tiny-120": "120 labels"}
 MEASURES = {"map": {"OOD accuracy": "ood", "ID accuracy": "id"},
-            "map-mechanism": {"Diff(F) in distribution": "diff", "temperature T": "temperature", "ECE": "ece"}}
+            "map-mechanism": {"Diff(F)": "diff", "temperature T": "temperature", "ECE": "ece"}}
 
 
 def map_runs(args, tasks):
@@ -45,9 +45,9 @@ def map_runs(args, tasks):
 def measure(result, what):
     """A number of a run; OOD is the mean over the other domains. T has none where it could not be fitted."""
     ood = [value for split, value in result["accuracy"].items() if split != "test"]
-    return {"id": result["accuracy"]["test"], "ood": statistics.mean(ood), "diff": result["features"]["test"]["diff"],
-            "ece": result["calibration"]["test"]["ece"],
-            "temperature": look_up(result, "temperature") if not result["temperature_reason"] else np.nan}[what]
+    return {"id": result["accuracy"]["test"], "ood": statistics.mean(ood),
+            "diff": result["features"]["test"]["diff"], "ece": result["calibration"]["test"]["ece"],
+            "temperature": np.nan if result["temperature_reason"] else result["temperature"]}[what]
 
 
 def collect(results, tasks, units):
@@ -55,10 +55,11 @@ def collect(results, tasks, units):
     found = {}
     for task in tasks:
         for name, (method, lora) in METHODS.items():
-            rates = [rate for rate in (RATES[lora] if method != "lp" else ("",))
-                     if all(f"{task}.{name}={rate}-{unit}" in results for unit in units)]
-            found.setdefault(task, {})[name] = {"rates": rates} | {
-                what: [[measure(results[f"{task}.{name}={rate}-{unit}"], what) for unit in units] for rate in rates]
+            runs = {rate: [results.get(f"{task}.{name}={rate}-{unit}") for unit in units]
+                    for rate in (RATES[lora] if method != "lp" else ("",))}
+            runs = {rate: of for rate, of in runs.items() if None not in of}
+            found.setdefault(task, {})[name] = {"rates": [*runs]} | {
+                what: [[measure(result, what) for result in of] for of in runs.values()]
                 for measures in MEASURES.values() for what in measures.values()}
     return found
 
@@ -77,7 +78,8 @@ def draw(found, measures, units):
                 values = values if name != "LP" else np.repeat(values, 2, 0)
                 style = "--" if "LoRA" in name else ":" if name == "LP" else "-"
                 axis.plot(rates, values, color=colour, linewidth=0.6, alpha=0.35, linestyle=style)
-                intervals = [paired_t(v[np.isfinite(v)].tolist()) if np.isfinite(v).sum() > 1 else (np.nan,) * 4 for v in values]
+                fitted = [v[np.isfinite(v)].tolist() for v in values]
+                intervals = [paired_t(v) if len(v) > 1 else [np.nan] * 4 for v in fitted]
                 mean, lower, upper, _ = np.array(intervals).T
                 axis.plot(rates, mean, color=colour, linewidth=2.5, linestyle=style, label=name)
                 axis.fill_between(rates, lower, upper, color=colour, alpha=0.15, linewidth=0)
@@ -96,7 +98,8 @@ def make_map(args, tasks):
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
     runs = map_runs(args, tasks)
     reproduce.refuse_other_flags(args, runs)
-    failed = reproduce.run_all(args, reproduce.encoders(args), "encoders", 1) | reproduce.run_all(args, runs, "runs")
+    failed = reproduce.run_all(args, reproduce.encoders(args), "encoders", 1)
+    failed |= reproduce.run_all(args, runs, "runs")
     found = collect(read_results(args.out, runs), tasks, args.units)
     write_text(args.out / "map.json", json.dumps({"languages": args.units, "tasks": found}) + "\n")
     for file, measures in MEASURES.items():
@@ -106,16 +109,17 @@ def make_map(args, tasks):
             figure.savefig(args.out / f"{file}.png", dpi=150)
     print(f"map: {args.out / 'map.png'}, {args.out / 'map-mechanism.png'}, {args.out / 'map.json'}")
     if failed:
-        raise Failed(f"{len(failed)} runs failed, so a point or more is missing; the same command tries them again")
+        raise Failed(f"{len(failed)} runs failed, so points are missing; the same command tries them again")
 
 
 def main(argv=None):
     parser = Parser("lab.map", description=__doc__.splitlines()[0])
-    parser.add_argument("--languages", type=int, default=8, metavar="N", help="languages 0 to N - 1 (default: 8)")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="panels (default: all)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="of the FT stage (default: 10)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes side by side (default: as lab.reproduce)")
-    parser.add_argument("--out", type=Path, default=Path("reproduction/map"), help="folder (default: reproduction/map)")
+    add = parser.add_argument
+    add("--languages", type=int, default=8, metavar="N", help="languages 0 to N - 1 (default: 8)")
+    add("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="panels (default: all)")
+    add("--epochs", type=int, metavar="N", help="of the FT stage (default: 10)")
+    add("--jobs", type=int, metavar="N", help="processes side by side (default: as lab.reproduce)")
+    add("--out", type=Path, default=Path("reproduction/map"), help="folder (default: reproduction/map)")
     flags = parser.parse_args(argv)
     words = ["--languages", str(flags.languages), "--rates", "1", "--out", str(flags.out)]
     for name in ("epochs", "jobs"):

@@ -155,9 +155,9 @@ def check_polarity(encoder, tokenizer, settings):
 
 def main(argv=None):
     parser = Parser("lab.pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the language and the weights (default: 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="a new folder for the encoder, for train.py --model DIR (default: tiny-encoder-seedN)")
+    add = parser.add_argument
+    add("--seed", type=int, default=0, metavar="N", help="of the language and the weights (default: 0)")
+    add("--out", type=Path, metavar="DIR", help="a folder for train.py --model (default: tiny-encoder-seedN)")
     args = parser.parse_args(argv)
     out = args.out or Path(f"tiny-encoder-seed{args.seed}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
@@ -168,7 +168,7 @@ def main(argv=None):
         encoder = pretrain(settings)
         check_polarity(encoder, tokenizer, settings)
         save_pretrained(out, encoder, tokenizer)
-        config = read_json(out / "config.json") | {"language": settings.seed}  # train.py refuses another one's texts
+        config = read_json(out / "config.json") | {"language": settings.seed}  # train.py compares
         write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
         print(f"the encoder is in {out}; use it with: python train.py --model {out}")
 

@@ -10,41 +10,46 @@ files) and figures/. What is there is read in runs.py, figures are drawn in figu
 import base64
 import json
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
 
 import markdown
 
+from data.tiny import TASKS
 from lab import figures
 from lab.claims import judge
-from lab.runs import (METHODS, by_rate, complete_units, last_error, look_up, read_plan, read_results, scaled, scales_of,
-                      tuning_scores)
+from lab.runs import (METHODS, by_rate, complete_units, last_error, look_up, read_plan, read_results, scaled,
+                      scales_of, tuning_scores)
 from plumbing.files import read_json, write_text
 from plumbing.flags import Parser, exit_status
 
 ABOUT = """\
 Linear probing then fine-tuning (LP-FT) first fits the linear head of a classifier on the frozen features of a
-pre-trained encoder (LP), then trains everything from there (FT). Does it do what A. Tomihari and I. Sato say it does, in
-"Understanding Linear Probing then Fine-tuning Language Models from NTK Perspective" (NeurIPS 2024)? They studied
-RoBERTa-base on thirteen data sets with five seeds. This page measures their seven claims on {task}, with {units}.
+pre-trained encoder (LP), then trains everything from there (FT). Does it do what A. Tomihari and I. Sato say
+it does, in "Understanding Linear Probing then Fine-tuning Language Models from NTK Perspective" (NeurIPS
+2024)? They studied RoBERTa-base on thirteen data sets with five seeds. This page measures their seven claims
+on {task}, with {units}.
 
-{unit} Every interval is the 95 % interval of a mean over units, mostly of a paired difference. A claim *holds* or
-*does not hold* where its first number is told from its bound (Holm's procedure over the seven: all verdicts together are
-right with 95 %); else it is *undecided*. Learning rates were {rates}."""
+{unit} Every interval is the 95 % interval of a mean over units, mostly of a paired difference. A claim
+*holds* or *does not hold* where its first number is told from its bound (Holm's procedure over the seven: all
+verdicts together are right with 95 %); else it is *undecided*. Learning rates were {rates}."""
 UNITS = {"language": "A unit is a language: its own word preferences, its own pre-trained encoder, its own "
                      "texts and labels. So an interval says what happens in another language of the kind.",
          "seed": "A unit is a seed: head, LoRA, dropout, order and the drawn samples. Numbers made of "
                  "predictions are drawn again with the test texts (bootstrap); the others say nothing about "
                  "other texts, and none about another data set or encoder."}
 WORDS = """\
-V is the head's weight, phi(x) the features, the encoder's output for the first token. CS(F): mean cosine similarity of
-the features of two texts. Diff(F): how far features moved from the pre-trained ones. FDR(F): Fisher's ratio of the spread
-between classes to that within. Norm(F): their mean length. Norm(C), Diff(C): ||V||, and how far V moved in the FT stage (in
-LP, from 0). Theta = P + F is the neural tangent kernel where the FT stage starts: P is the head's part, F the encoder's.
-FT ratio: the length of F's part of the first step over that of the whole step. Kernel regression is scored by class, and per
-logit. ECE, MCE: mean and largest gap between confidence and accuracy; T: the temperature that logits are divided by. ±: the
-standard deviation over units. An empty cell: the method has no such number, or not in every unit."""
+V is the head's weight, phi(x) the features, what the encoder gives for a text. CS(F): mean cosine similarity
+of the features of two texts. Diff(F): how far features moved from the pre-trained ones. FDR(F): Fisher's
+ratio of the spread between classes to that within. Norm(F): their mean length. Norm(C), Diff(C): ||V||, and
+how far V moved in the FT stage (in LP, from 0). Theta = P + F is the neural tangent kernel where the FT stage
+starts: P is the head's part, F the encoder's. FT ratio: the length of F's part of the first step over that of
+the whole step. Kernel regression is scored by class, and per logit. ECE, MCE: mean and largest gap between
+confidence and accuracy; T: the temperature that logits are divided by. ±: the standard deviation over units.
+An empty cell: the method has no such number, or not in every unit."""
+PICTURE = "Accuracy against the learning rate"
 
 
 # ---------------------------------------------------------------------------- tables
@@ -52,31 +57,36 @@ standard deviation over units. An empty cell: the method has no such number, or 
 
 def tables(metric, splits, factors):
     """{title: [(row, {column: (run name without its unit, keys into result.json)})]}."""
-    def rows(label, *keys):
-        return [(label, {name: (name, keys) for name in METHODS})]
+    def row(label, *keys):
+        return label, {name: (name, keys) for name in METHODS}
 
-    def by_split(*of):  # (label, keys before and behind the split)
-        return [row for split in splits for label, group, *behind in of for row in rows(f"{label}{split}", group, split, *behind)]
+    def by_split(*kinds):  # (label, group, key in it)
+        return [row(f"{label}, {split}", group, split, key)
+                for split in splits for label, group, key in kinds]
 
-    features = [(f"{label}, {split}", {"pre-trained": ("LP", ("features_pretrained", split, key))}
-                 | {name: (name, ("features", split, key)) for name in METHODS}) for split in splits
-                for label, key in (("CS(F)", "cs"), ("Diff(F)", "diff"), ("FDR(F)", "fdr"), ("Norm(F)", "norm"))]
-    kernel = [row for kernel in ("P", "F", "Theta") for label, key in (
-        ("rank", "rank"), ("Frobenius norm", "frobenius"), ("regression, train", "train_accuracy"),
-        ("regression, test", "test_accuracy"), ("per logit, train", "train_logit_accuracy"),
-        ("per logit, test", "test_logit_accuracy")) for row in rows(f"{label}, {kernel}", "ntk", kernel, key)]
+    features = (("CS(F)", "cs"), ("Diff(F)", "diff"), ("FDR(F)", "fdr"), ("Norm(F)", "norm"))
+    before = {"pre-trained": {f"{label}, {split}": ("LP", ("features_pretrained", split, key))
+                              for split in splits for label, key in features}}
+    kernel = (("rank", "rank"), ("Frobenius norm", "frobenius"), ("regression, train", "train_accuracy"),
+              ("regression, test", "test_accuracy"), ("per logit, train", "train_logit_accuracy"),
+              ("per logit, test", "test_logit_accuracy"))
+    scales = [(f"{name} × {factor:g}", {
+        split: (scaled(name, factor), ("features", split, "diff")) for split in splits})
+        for name in ("FT", "LP-FT") for factor in factors if len(factors) > 1]
     return {
-        f"{metric.capitalize()} (Tables 8, 10, 16)": by_split(("", metric)),
-        "Features (Tables 1, 11, 12)": features,
-        "Head (Table 13)": rows("Norm(C) at the start", "head_norm_initial") + rows("Norm(C)", "head_norm")
-        + rows("Diff(C)", "head_diff"),
-        "Kernel at the start of the FT stage (Tables 2, 9)": kernel + rows("FT ratio", "ntk", "ft_ratio"),
-        "Calibration (Tables 3, 14, 15)": rows("T", "temperature") + by_split(
-            ("ECE, ", "calibration", "ece"), ("ECE with T, ", "calibration", "ece_scaled"),
-            ("MCE, ", "calibration", "mce"), ("MCE with T, ", "calibration", "mce_scaled")),
-        "Diff(F) by factor on the starting head (Fig. 3, 10, 11)": [
-            (f"{name} × {factor:g}", {split: (scaled(name, factor), ("features", split, "diff")) for split in splits})
-            for name in ("FT", "LP-FT") for factor in (factors if len(factors) > 1 else ())],
+        f"{metric.capitalize()} (Tables 8, 10, 16)": [row(split, metric, split) for split in splits],
+        "Features (Tables 1, 11, 12)": [
+            (label, {"pre-trained": before["pre-trained"][label]} | cells)
+            for label, cells in by_split(*((label, "features", key) for label, key in features))],
+        "Head (Table 13)": [row("Norm(C) at the start", "head_norm_initial"), row("Norm(C)", "head_norm"),
+                            row("Diff(C)", "head_diff")],
+        "Kernel at the start of the FT stage (Tables 2, 9)": [
+            row(f"{label}, {part}", "ntk", part, key) for part in ("P", "F", "Theta") for label, key in kernel
+        ] + [row("FT ratio", "ntk", "ft_ratio")],
+        "Calibration (Tables 3, 14, 15)": [row("T", "temperature")] + by_split(
+            ("ECE", "calibration", "ece"), ("ECE with T", "calibration", "ece_scaled"),
+            ("MCE", "calibration", "mce"), ("MCE with T", "calibration", "mce_scaled")),
+        "Diff(F) by factor on the starting head (Fig. 3, 10, 11)": scales,
     }
 
 
@@ -95,8 +105,7 @@ def fill(rows, results, units):
 
 
 def number(x):
-    """Three digits behind the point, fewer for large and for whole numbers, one that counts for small ones.
-    """
+    """Three digits behind the point, fewer for large and whole numbers, one that counts for small ones."""
     if float(x).is_integer() or abs(x) >= 100:
         return f"{x:.0f}" if x else "0"
     return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}" if abs(x) >= 0.001 else f"{x:.1g}"
@@ -104,14 +113,16 @@ def number(x):
 
 def grid(head, rows):
     """A table in Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def table_grid(table):
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    return grid(["", *columns], [[row, *(f"{number(c['mean'])} ± {number(c['std'])}" if (c := cells.get(column)) else ""
-                                         for column in columns)] for row, cells in table.items()])
+    rows = [[row] + [f"{number(cells[c]['mean'])} ± {number(cells[c]['std'])}" if c in cells else ""
+                     for c in columns] for row, cells in table.items()]
+    return grid(["", *columns], rows)
 
 
 # ---------------------------------------------------------------------------- the report
@@ -127,9 +138,10 @@ def tuning_grid(results, plan):
     """Mean validation score by learning rate; the chosen one is bold."""
     rows = []
     for method, means in tuning_scores(results, plan["tuning"]).items():
-        rates = sorted(by_rate(plan["tuning"])[method], key=float)
-        rows.append([method, *(f"**{text}**" if rate == plan["rates"].get(method) else text for rate, text in (
-            (rate, f"{means[rate]:.3f} at {rate}" if rate in means else f"{rate}: a run failed") for rate in rates))])
+        cells = {rate: f"{means[rate]:.3f} at {rate}" if rate in means else f"{rate}: a run failed"
+                 for rate in sorted(by_rate(plan["tuning"])[method], key=float)}
+        cells[plan["rates"][method]] = f"**{cells[plan['rates'][method]]}**"
+        rows.append([method, *cells.values()])
     return grid(["", *(f"rate {i}" for i in range(1, max(map(len, rows))))], rows)
 
 
@@ -139,8 +151,9 @@ def commands(plan):
     for name, flags in plan["runs"].items():
         if name.endswith(f"-{unit}"):
             words = [word.replace(f"encoders/{unit}", "encoders/$unit") for word in flags]
-            words = ["$unit" if before in ("--seed", "--language") else word for before, word in zip(["", *words], words)]
-            rows.append([name.removesuffix(f"-{unit}"), f"`OMP_NUM_THREADS=1 python train.py {' '.join(words)}`"])
+            words = ["$unit" if before in ("--seed", "--language") else word
+                     for before, word in zip(["", *words], words)]
+            rows.append([name[:-len(unit) - 1], f"`OMP_NUM_THREADS=1 python train.py {' '.join(words)}`"])
     return grid(["runs", "command"], rows)
 
 
@@ -154,9 +167,15 @@ def write_report(out):
     if "test" not in splits:
         raise ValueError(f"{out}: its runs have no test split, which tables and claims are about")
     judged = judge(out, plan, results)
-    filled = {title: fill(rows, results, units) for title, rows in tables(metric, splits, scales_of(results)).items()}
+    filled = {title: fill(rows, results, units)
+              for title, rows in tables(metric, splits, scales_of(results)).items()}
     filled = {title: table for title, table in filled.items() if table}
     drawn, problems = figures.make_all(out, results, units)
+    if first.get("data") in TASKS and (out.parent / "map" / "map.svg").is_file():  # of lab.map
+        for kind in ("svg", "png"):
+            shutil.copy(out.parent / "map" / f"map.{kind}", out / "figures")
+        drawn = {PICTURE: ("map", "What to see: in distribution (below) the rates can hardly be told apart. "
+                           "Out of distribution (above) FT needs the right one; LP-FT less so.")} | drawn
     write_text(out / "claims.json", json.dumps(judged, indent=1) + "\n")
     write_text(out / "tables.json", json.dumps({"units": units, "tables": filled}, indent=1) + "\n")
     text = as_markdown(out, plan, results, tuning, units, judged, filled, drawn, problems)
@@ -175,20 +194,25 @@ def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, proble
         task += f" with the encoder `{Path(str(first.get('model'))).name}`"
     samples = ", ".join(f"{split} {count}" for split, count in first.get("samples", {}).items())
     used = {name: read_json(out / "runs" / f"{name}-{units[0]}" / "config.json") for name in METHODS}
-    rates = "; ".join(f"{name} {config['lr']:g} (batch {config.get('batch_size')}, {config.get('epochs')} epochs)"
-                      for name, config in used.items() if "lr" in config)
-    how = ("chosen on validation, in two units of their own" if plan["tuning"] else "given") + f": {rates}"
-    missing = [f"{name} ({last_error(out / 'runs' / f'{name}.log') or 'not finished'})" for name in plan["runs"]
-               if name not in results]
+    how = "chosen on validation, in two units of their own" if plan["tuning"] else "given"
+    rates = f"{how}: " + "; ".join(
+        f"{name} {config['lr']:g} (batch {config.get('batch_size')}, {config.get('epochs')} epochs)"
+        for name, config in used.items() if "lr" in config)
+    missing = [f"{name} ({last_error(out / 'runs' / f'{name}.log') or 'not finished'})"
+               for name in plan["runs"] if name not in results]
     unfit = [run for run, result in results.items() if result.get("temperature_reason")]
     notes = [f"Not finished, so left out: {', '.join(missing)}."] * bool(missing) + [
         f"No temperature could be fitted in {', '.join(unfit)} (T is 1 there)."] * bool(unfit)
     notes += [f"Not drawn: {problem}." for problem in problems]
-    sections = {"The seven claims": grid(
-        ["what the paper says", "what is measured", "mean (95 % interval)", "verdict", "why"],
-        [[f"{i}. {c['says']}", f"{c['primary']['measure']}, above {c['primary']['bound']:g}?", interval(c["primary"]),
-          f"**{c['primary']['verdict']}**", c["why"]] for i, c in enumerate(judged, 1)])}
-    sections |= {title: f"![{title}](figures/{file}.png)\n\n*{caption}*" for title, (file, caption) in drawn.items()}
+    pictures = {title: f"![{title}](figures/{file}.png)\n\n*{caption}*"
+                for title, (file, caption) in drawn.items()}
+    sections = {title: body for title, body in pictures.items() if title == PICTURE}
+    rows = [[f"{i}. {claim['says']}", f"{part['measure']}, above {part['bound']:g}?", interval(part),
+             f"**{part['verdict']}**", claim["why"]]
+            for i, claim in enumerate(judged, 1) for part in (claim["primary"],)]
+    sections["The seven claims"] = grid(["what the paper says", "what is measured", "mean (95 % interval)",
+                                         "verdict", "why"], rows)
+    sections |= {title: body for title, body in pictures.items() if title != PICTURE}
     sections["Further numbers of the claims"] = grid(
         ["claim", "measured", "mean (95 % interval)"],
         [[f"{i}", part["measure"], interval(part)] for i, c in enumerate(judged, 1) for part in c["parts"]])
@@ -199,8 +223,8 @@ def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, proble
     sections["Commands"] = f"All of it: `{plan['command']}`. One run of each kind:\n\n{commands(plan)}"
     anchors = {title: re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in sections}
     lines = ["# Linear probing then fine-tuning: seven claims, measured", "", ABOUT.format(
-        task=task, units=f"{len(units)} {plan['unit']}s", unit=UNITS[plan["unit"]], rates=how), "",
-        f"Samples: {samples}. Every number, with the files behind it: `tables.json`, `claims.json`.", "", *notes, "",
+        task=task, units=f"{len(units)} {plan['unit']}s", unit=UNITS[plan["unit"]], rates=rates), "",
+        f"Samples: {samples}. Every number, with its files: `tables.json`, `claims.json`.", "", *notes, "",
         "Contents: " + " · ".join(f"[{title}](#{anchor})" for title, anchor in anchors.items())]
     for title, body in sections.items():
         lines += ["", f'<a id="{anchors[title]}"></a>', "", f"## {title}", "", body]
@@ -224,7 +248,8 @@ def as_html(text, out):
 
     body = re.sub(r'src="(figures/[\w-]+)\.png"', inside, markdown.markdown(text, extensions=["tables"]))
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
-            f"content='width=device-width'><title>LP-FT: seven claims, measured</title><style>{STYLE}</style><body>{body}</body></html>\n")
+            f"content='width=device-width'><title>LP-FT: seven claims, measured</title><style>{STYLE}</style>"
+            f"<body>{body}</body></html>\n")
 
 
 def main(argv=None):

@@ -29,12 +29,11 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import draw_ntk_samples, load_task, read_task, tiny
+from data import tiny
 from lab.report import write_report
 from lab.runs import METHODS, PLAN, choose_rates, last_error, read_plan, read_results
-from plumbing.checkpoint import load_pretrained
 from plumbing.files import read_json, write_text
-from plumbing.flags import Failed, Parser, check_task, configuration, exit_status
+from plumbing.flags import Failed, Parser, configuration, exit_status
 from plumbing.run_folder import lock_folder
 
 TUNING_UNITS = (101, 102)
@@ -46,14 +45,14 @@ def parse_args(argv=None):
                     "Further flags go to train.py.")
     add = parser.add_argument
     add("--data", default="tiny", help="a task by name, or a folder (default: tiny)")
-    add("--model", default="tiny", help="a folder or a name on the hub (default: tiny, an encoder per language)")
-    add("--languages", type=int, metavar="N", help="units of an embedded task: languages 0 to N - 1 (default: 8)")
+    add("--model", default="tiny", help="a folder or a hub name (default: tiny, an encoder per language)")
+    add("--languages", type=int, metavar="N", help="of embedded tasks: languages 0 to N - 1 (default: 8)")
     add("--seeds", type=int, metavar="N", help="units elsewhere: seeds 0 to N - 1 (default: 3)")
     add("--ntk", type=int, default=100, metavar="N", help="samples of the kernel, 0 for none (default: 100)")
     add("--rates", type=float, nargs="+", default=(1 / 3, 1, 3), metavar="F", help="factors on train.py's "
         "learning rates that tuning tries; a single one is taken without tuning (default: 1/3 1 3)")
     add("--scales", type=float, nargs="+", default=(0.1, 0.5, 2, 5, 10, 50, 100), metavar="S", help="factors "
-        "on the head that FT and LP-FT start from, for claim 6; 1 leaves it out (default: 0.1 0.5 2 5 10 50 100)")
+        "on FT's and LP-FT's first head, for claim 6; 1 leaves it out (default: 0.1 0.5 2 5 10 50 100)")
     jobs = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 2)
     add("--jobs", type=int, default=jobs, metavar="N", help="processes side by side (default: half the "
         "processors; 1 with a GPU)")
@@ -68,8 +67,8 @@ def parse_args(argv=None):
     if embedded and args.model != "tiny":
         parser.error("--model has no effect: every language of an embedded task has an encoder of its own")
     args.units = [*range((args.languages or 8) if embedded else (args.seeds or 3))]
-    for flag, value, least, most in (("--" + args.unit + "s", len(args.units), 2, 100), ("--jobs", args.jobs, 1, 1000),
-                                     ("--ntk", args.ntk, 0, 250)):
+    for flag, value, least, most in ((f"--{args.unit}s", len(args.units), 2, 100),
+                                     ("--jobs", args.jobs, 1, 1000), ("--ntk", args.ntk, 0, 250)):
         if not least <= value <= most:
             parser.error(f"{flag} is {value}; expected {least} to {most}")
     for flag, factors in (("--scales", args.scales), ("--rates", args.rates)):
@@ -83,9 +82,7 @@ def parse_args(argv=None):
 
 
 def encoder_of(args, unit):
-    """The encoder of a unit: of a language above 0 one made for it, beside --out, so that several folders
-    share it.
-    """
+    """The encoder of a unit; of languages above 0 they lie beside --out, for several folders to share."""
     made = args.out.parent / "encoders" / str(unit)
     return made if args.unit == "language" and unit else args.model
 
@@ -97,8 +94,9 @@ def common_flags(args, name, unit):
         place = handed.index("--epochs")
         del handed[place:place + 2]
     language = ["--language", str(unit)] if args.unit == "language" else []
-    return ["--method", method, *["--lora"] * lora, "--data", args.data, "--model", str(encoder_of(args, unit)),
-            *language, "--seed", str(unit), *handed]
+    model = ["--model", str(encoder_of(args, unit))]
+    return ["--method", method, *["--lora"] * lora, "--data", args.data, *model, *language, "--seed",
+            str(unit), *handed]
 
 
 def rates_of(args, name):
@@ -108,8 +106,7 @@ def rates_of(args, name):
 
 
 def tuning_runs(args):
-    """{name: flags}: every method with an FT stage, rate and tuning unit; test and OOD splits are left alone.
-    """
+    """{name: flags}: every method with an FT stage, rate and tuning unit; test and OOD are left alone."""
     return {f"tune-{name}={rate}-{unit}": [*common_flags(args, name, unit), "--lr", rate, "--max-test", "0"]
             for name in METHODS if name != "LP" and len(args.rates) > 1
             for rate in rates_of(args, name) for unit in TUNING_UNITS}
@@ -130,8 +127,9 @@ def main_runs(args, rates):
 
 def encoders(args):
     """{name: flags of lab.pretrain} of the languages that have no encoder yet."""
-    units = [unit for unit in (*TUNING_UNITS[:2 * (len(args.rates) > 1)], *args.units) if args.unit == "language" and unit]
-    return {f"encoder-{unit}": ["--seed", str(unit), "--out", str(encoder_of(args, unit))] for unit in units}
+    units = (*TUNING_UNITS[:2 * (len(args.rates) > 1)], *args.units) if args.unit == "language" else ()
+    return {f"encoder-{unit}": ["--seed", str(unit), "--out", str(encoder_of(args, unit))]
+            for unit in units if unit}
 
 
 def done(args, name, flags):
@@ -155,7 +153,8 @@ def run_all(args, commands, title, jobs=None):
     with ThreadPoolExecutor(jobs or args.jobs) as pool, tqdm(
             total=len(commands), initial=len(commands) - len(todo), desc=title, unit="run") as bar:
         try:
-            futures = {pool.submit(run_one, args, name, commands[name], processes, stopping): name for name in todo}
+            futures = {pool.submit(run_one, args, name, commands[name], processes, stopping): name
+                       for name in todo}
             for future in as_completed(futures):
                 bar.update()
                 if why := future.result():
@@ -172,7 +171,7 @@ def run_all(args, commands, title, jobs=None):
 def run_one(args, name, flags, processes, stopping):
     """Run one command; returns why it failed, or None."""
     folder, log = args.out / "runs" / name, args.out / "runs" / f"{name}.log"
-    while folder.is_dir() and not stopping.is_set():  # wait for a process that outlived a killed lab.reproduce
+    while folder.is_dir() and not stopping.is_set():  # wait for what outlived a killed lab.reproduce
         try:
             lock_folder(folder).release()
             break
@@ -208,17 +207,12 @@ def refuse_other_flags(args, runs):
 
 def check_data(args):
     """ValueError or OSError now for what the runs would refuse after hours."""
-    flags = train.parse_args(common_flags(args, "LP-LoRA", 0))
-    rows, task = read_task(args.data, flags.data_dir), None
-    if "test" not in rows.splits:
+    seeds = (*args.units, *TUNING_UNITS[:2 * (len(args.rates) > 1)])  # each draws its own
+    for unit in seeds if args.unit == "seed" else args.units[:1]:
+        words = common_flags(args, "LP-LoRA", unit) + ["--ntk", str(args.ntk)] * (args.ntk > 0)
+        task, *_ = train.load(train.parse_args(words))
+    if "test" not in task.splits:
         raise ValueError(f"--data {args.data}: has no test split, which tables and claims are about")
-    encoder, tokenizer = load_pretrained(tiny.ENCODER if args.model == "tiny" else args.model)
-    for unit in (*args.units, *TUNING_UNITS[:2 * (len(args.rates) > 1)]):
-        if flags.max_train or not task:  # else it is the same for every seed
-            task = load_task(rows, tokenizer, flags.max_length, None, flags.max_train, unit, flags.max_test)
-        if args.ntk and unit not in TUNING_UNITS:
-            draw_ntk_samples(args.ntk, unit, task)
-    check_task(flags, task, tokenizer, encoder.config)
 
 
 def reproduce(args, command):
@@ -247,7 +241,8 @@ def reproduce(args, command):
                 name: rates_of(args, name)[0] for name in METHODS if name != "LP"}
         runs = main_runs(args, rates)
         refuse_other_flags(args, runs)
-        plan = {"command": command, "unit": args.unit, "units": args.units, "rates": rates, "tuning": tuning, "runs": runs}
+        plan = {"command": command, "unit": args.unit, "units": args.units, "rates": rates, "tuning": tuning,
+                "runs": runs}
         write_text(args.out / PLAN, json.dumps(plan, indent=1) + "\n")
         if args.list:
             return print_list(args, [*lists, ("runs", runs, args.jobs)])
@@ -276,7 +271,8 @@ def print_list(args, lists):
 def main(argv=None):
     args = parse_args(argv)
     command = shlex.join(["python", "-m", "lab.reproduce", *(sys.argv[1:] if argv is None else argv)])
-    return exit_status("lab.reproduce", lambda: reproduce(args, command), lambda: "; the same command goes on")
+    go_on = "; the same command goes on"
+    return exit_status("lab.reproduce", lambda: reproduce(args, command), lambda: go_on)
 
 
 if __name__ == "__main__":

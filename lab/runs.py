@@ -19,7 +19,7 @@ PLAN = "plan.json"  # {command, units, unit, rates: {method: rate}, tuning and r
 
 def read_plan(out):
     if not (out / PLAN).is_file():
-        raise ValueError(f"{out}: holds no {PLAN}; expected the --out of lab.reproduce, with its tuning finished")
+        raise ValueError(f"{out}: holds no {PLAN}; expected the --out of lab.reproduce, its tuning finished")
     plan = read_json(out / PLAN)
     types = {"command": str, "units": list, "unit": str, "rates": dict, "tuning": dict, "runs": dict}
     if not all(isinstance(plan.get(key), kind) for key, kind in types.items()):
@@ -41,8 +41,7 @@ def read_results(out, runs):
 
 
 def look_up(result, *keys):
-    """The number under `keys` in nested dicts, or the list of numbers as an array; None if it is not finite.
-    """
+    """The number under `keys` in nested dicts, or the list as an array; None if it is not finite."""
     for key in keys:
         result = result.get(key) if isinstance(result, dict) else None
     if isinstance(result, list):
@@ -70,7 +69,8 @@ def complete_units(results, units):
 
 def scales_of(results):
     """The factors on the starting head of which there are runs, rising; 1 is that of the main runs."""
-    return sorted({float(run.split("-scale")[1].rsplit("-", 1)[0]) for run in results if "-scale" in run} | {1.0})
+    found = [run.split("-scale")[1].rsplit("-", 1)[0] for run in results if "-scale" in run]
+    return sorted({1.0, *map(float, found)})
 
 
 def scaled(name, factor):
@@ -95,11 +95,10 @@ def tuning_scores(results, tuning):
 
 
 def choose_rates(results, tuning):
-    """{method: rate of the highest mean validation score}; of equals the smallest. No test split is looked
-    at.
-    """
+    """{method: rate of the highest mean validation score}; of equals the smallest. No test split is read."""
     scores = tuning_scores(results, tuning)
     for method in scores:
         if not scores[method]:
             raise ValueError(f"no learning rate of {method} has all its tuning runs finished")
-    return {method: max(means, key=lambda rate: (means[rate], -float(rate))) for method, means in scores.items()}
+    return {method: max(means, key=lambda rate: (means[rate], -float(rate)))
+            for method, means in scores.items()}

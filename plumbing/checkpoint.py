@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from data import tiny
 from model import Encoder, EncoderConfig, has_lora
 from plumbing.files import read_json, write_text, write_whole
 
@@ -157,7 +158,8 @@ def read_pooling(directory):
             modes = [name for name, on in entries if name.startswith("pooling_mode_") and on is True]
             known = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
             if len(modes) != 1 or modes[0] not in known:
-                raise ValueError(f"{folder / POOLING_FILE}: true is {' and '.join(modes) or 'no pooling_mode'}; "
+                found = " and ".join(modes) or "no pooling_mode"
+                raise ValueError(f"{folder / POOLING_FILE}: true is {found}; "
                                  f"expected {' or '.join(known)}; choose by --pooling first or mean")
             return known[modes[0]]
     return "first"
@@ -167,12 +169,12 @@ def read_pooling(directory):
 
 
 def find_checkpoint(name):
-    """The folder of a checkpoint: a folder here, or else files of that name from the Hugging Face hub.
+    """The folder of a checkpoint: "tiny", a folder here, or else files of that name from the hub.
 
     In a sentence-transformers folder it is that of its first module. Files of the hub go through
     huggingface_hub and its cache; HF_HUB_OFFLINE=1 uses the cache alone.
     """
-    folder = Path(name)
+    folder = tiny.ENCODER if name == "tiny" else Path(name)
     if folder.is_dir():
         modules = folder / "modules.json"
         if modules.is_file() and not (folder / "config.json").is_file():
@@ -207,8 +209,8 @@ def download_checkpoint(name):
             raise FileNotFoundError(f"--model {name}: on the hub it has no {file}") from None
 
     try:
-        found = [fetch(file) for file in ("config.json", "tokenizer.json", "model.safetensors", str(POOLING_FILE))]
-        return found[0].parent
+        files = "config.json", "tokenizer.json", "model.safetensors", str(POOLING_FILE)
+        return [fetch(file) for file in files][0].parent
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and httpx's are among these
         if str(error).startswith("--model"):
             raise

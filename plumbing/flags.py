@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from data import count_unknown, tiny
+from data import count_unknown, draw_ntk_samples, tiny
 from data.corpora import CORPORA, RECIPES
 from plumbing.files import read_json
 
@@ -82,6 +82,9 @@ def add_common_flags(parser):
     add = parser.add_argument_group("samples").add_argument
     add("--data-dir", type=Path, metavar="DIR", help="where the files of the paper's data sets lie; python "
         "-m data.download gets them (default: datasets)")
+    add("--pooling", choices=("auto", "first", "mean"), default="auto", help="phi(x) is the first token's last "
+        "hidden state, as in the paper, or the mean over tokens; auto: what the checkpoint's "
+        "1_Pooling/config.json says, if there is one, else first (default: auto)")
     add("--language", type=int, metavar="N", help="of an embedded task; --model has to be an encoder made "
         "for it by python -m lab.pretrain --seed N (default: 0, whose encoder is --model tiny)")
     add("--max-length", type=int, default=128, metavar="L", help="cut texts to L tokens (default: 128)")
@@ -197,6 +200,8 @@ def check_task(args, task, tokenizer, config):
     if 0 < config.type_vocab_size <= types:
         raise ValueError(f"--model {args.model}: has {config.type_vocab_size} token type, but its tokenizer "
                          f"gives the second text of a pair type {types}")
+    if args.ntk:
+        draw_ntk_samples(args.ntk, args.seed, task)  # refuses too few now, before minutes of work
     counts = task.splits["train"].labels.bincount(minlength=len(task.labels))
     if args.lp_scoring and counts.min() < 5:
         raise ValueError(f"--data {args.data}: 5-fold cross-validation needs 5 training samples of each "

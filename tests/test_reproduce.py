@@ -120,7 +120,7 @@ def test_the_report_stands_alone(folder, written):
     line, = [line for line in text.splitlines() if line.startswith("| LP-FT | `OMP_NUM_THREADS=1 python train.py")]
     assert "--seed $unit" in line and "--ntk 20" in line
     assert any(line.startswith("| FT-scale10 | ") and "--head-scale 10" in line for line in text.splitlines())
-    assert "http" not in page and "<script" not in page and page.count("data:image/svg+xml;base64,") == 6
+    assert "http" not in page and "<script" not in page and page.count("data:image/svg+xml;base64,") == 5
     for name in ("head-norm", "head-scale", "spectra", "trace-norms", "reliability"):
         assert (folder / "figures" / f"{name}.svg").stat().st_size > 5000
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -251,7 +251,7 @@ def test_wrong_flags_end_before_the_first_run(tmp_path, capsys):
 def test_data_that_a_run_would_refuse_are_refused_before_the_first(random_folder, tmp_path, capsys):
     """A folder without test, too few of a class for some seed's kernel, no such model: nothing is begun."""
     data, few = write_data(tmp_path / "data"), tmp_path / "few"
-    write_data(few, "good\tyes\nbad\tno\n" * 4 + "good\tyes\n" * 40)
+    write_data(few, "good\tyes\nbad\tno\n" * 6 + "good\tyes\n" * 40)
     (tmp_path / "no-test").mkdir()
     for name in ("train", "val"):
         (tmp_path / "no-test" / f"{name}.tsv").write_text((data / f"{name}.tsv").read_text())
