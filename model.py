@@ -172,7 +172,7 @@ class Classifier(nn.Module):
         first = self.encoder.config.pooling == "first"
         return self.pool(self.encoder(**batch, first_token_only=first), batch["attention_mask"])
 
-    def pool(self, hidden, attention_mask):
+    def pool(self, hidden, attention_mask=None):
         """phi, (N, h), of last hidden states (N, L, h): the first token's, or the mean without padding."""
         if self.encoder.config.pooling == "first":
             return hidden[:, 0]

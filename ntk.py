@@ -140,7 +140,7 @@ def walk_blocks(model, inputs, probes, kernel):
     """
     blocks, layers = [model.encoder.embed, *model.encoder.layers], trainable_layers(model.encoder)
     last = blocks[-1]
-    blocks[-1] = lambda x, mask, *how: model.pool(last(x, mask, *how), mask[:, 0, 0])  # phi, (n, h)
+    blocks[-1] = lambda *a, **k: model.pool(last(*a, **k), *(mask[:, 0, 0] for mask in a[1:2]))  # phi, (n, h)
     above = [probes[:, None].expand(-1, len(kwargs["input_ids"]), -1) for _, kwargs in inputs[0]]  # (r, n, h)
     lowest = min((b for b, some in enumerate(layers) if some and len(probes)), default=len(blocks))
     for b in tqdm(range(len(blocks) - 1, lowest - 1, -1), desc="NTK", unit="block"):
@@ -281,7 +281,7 @@ def predicted_feature_change(model, train_batches, deltas, lr, batches):
     step = dict.fromkeys(trained, 0.0)
 
     def features(batch):
-        return lambda trained: model.pool(functional_call(model.encoder, trained, (), batch))  # (n, h)
+        return lambda t: model.pool(functional_call(model.encoder, t, (), batch), batch.get("attention_mask"))
 
     with exact.full_precision(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward mode
         for batch in exact.on_device(model, train_batches):

@@ -115,7 +115,8 @@ def lp_stage(args, model, task, features_0):
     size, (_, total) = model.head.weight.numel() + model.head.bias.numel(), count_parameters(model)
     print(f"\nLP    trains the head alone, on {len(labels)} fixed features: {size:,} of {total:,} "
           f"parameters ({100 * size / total:.3g} %)")
-    probe = fit_linear_probe(features_0["train"], labels, len(task.labels), args.lp_inverse_l2, args.lp_scoring)
+    probe = fit_linear_probe(features_0["train"], labels, len(task.labels), args.lp_inverse_l2,
+                             args.lp_scoring)
     set_head(model, probe)
     logits, val_logits = (logits_of(model, features_0[name]) for name in ("train", "val"))  # (N, C)
     record = {"stage": "lp", "inverse_l2": probe.inverse_l2, "train_accuracy": accuracy(logits, labels),
@@ -222,8 +223,7 @@ def evaluate(model, task, features_0, frozen=False):
         result[task.metric][name] = score(logits, labels)
         result["features"][name] = feature_statistics(features, features_0[name], labels)
         result["features_pretrained"][name] = feature_statistics(features_0[name], features_0[name], labels)
-        ece, mce = calibration_error(logits, labels)
-        ece_scaled, mce_scaled = calibration_error(logits / temperature, labels)
+        (ece, mce), (ece_scaled, mce_scaled) = (calibration_error(logits / T, labels) for T in (1, temperature))
         result["calibration"][name] = {"ece": ece, "ece_scaled": ece_scaled,
                                        "mce": mce, "mce_scaled": mce_scaled}  # in the order of the table
     return result | {"logits": saved}

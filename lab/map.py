@@ -84,13 +84,12 @@ def draw(found, measures, units):
                 axis.plot(rates, mean, color=colour, linewidth=2.5, linestyle=style, label=name)
                 axis.fill_between(rates, lower, upper, color=colour, alpha=0.15, linewidth=0)
             axis.set(xscale="log", yscale="log" if what == "temperature" else "linear")
-            if row is axes[0]:
-                axis.set_title(TASKS[task])
-            if row is axes[-1]:
-                axis.set_xlabel("learning rate")
         row[0].set_ylabel(title)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS))
+    for axis, task in zip(axes[0], found):
+        axis.set_title(TASKS[task])
+    for axis in axes[-1]:
+        axis.set_xlabel("learning rate")
+    figure.legend(*axes[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
     return figure
 
 

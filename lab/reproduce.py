@@ -146,6 +146,17 @@ def command_of(args, name, flags):
     return [sys.executable, str(ROOT / "train.py"), *how]
 
 
+def shell_line(args, name, flags):
+    """The same for any shell, later and elsewhere: it goes on with what is begun, and leaves what is done."""
+    if name.startswith("encoder-"):
+        return f"test -e {shlex.quote(flags[-1])} || {shlex.join(command_of(args, name, flags))}"
+    folder = str(args.out / "runs" / name)
+    begin, go_on = (shlex.join([sys.executable, str(ROOT / "train.py"), *words])
+                    for words in ([*flags, "--out", folder], ["--resume", folder]))
+    done, begun = (f"test -e {shlex.quote(f'{folder}/{file}')}" for file in ("result.json", "config.json"))
+    return f"export OMP_NUM_THREADS=1; {done} || if {begun}; then {go_on}; else {begin}; fi"
+
+
 def run_all(args, commands, title, jobs=None):
     """Run what is not done, `--jobs` at a time; returns {name: why} of those that failed."""
     todo = [name for name in commands if not done(args, name, commands[name])]
@@ -215,40 +226,44 @@ def check_data(args):
         raise ValueError(f"--data {args.data}: has no test split, which tables and claims are about")
 
 
+def stages(args, command):
+    """(title, {name: flags}, processes side by side) in order; the last depends on what came before."""
+    tuning = tuning_runs(args)
+    refuse_other_flags(args, tuning)
+    yield "encoders", encoders(args), 1  # each takes two threads
+    plan = read_plan(args.out) if (args.out / PLAN).is_file() else {"tuning": None}
+    if plan["tuning"] == tuning:  # a choice is made once, even if a run that failed would now succeed
+        rates = plan["rates"]
+    else:
+        yield "tuning", tuning, args.jobs
+        rates = choose_rates(read_results(args.out, tuning), tuning) if tuning else {
+            name: rates_of(args, name)[0] for name in METHODS if name != "LP"}
+    runs = main_runs(args, rates)
+    refuse_other_flags(args, runs)
+    plan = {"command": command, "unit": args.unit, "units": args.units, "rates": rates, "tuning": tuning,
+            "runs": runs}
+    write_text(args.out / PLAN, json.dumps(plan, indent=1) + "\n")
+    yield "runs", runs, args.jobs
+
+
 def reproduce(args, command):
-    """The list, from what is there; Failed if a run failed."""
+    """All stages, then the report; Failed if a run failed."""
     if args.report:
         return write_report(args.out)
     if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "runs").is_dir():
         raise ValueError(f"--out {args.out}: holds something else; expected a new folder or an earlier one")
     check_data(args)  # a flag that train.py refuses ends here, not after an hour
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(args.out)
+    lock, failed = lock_folder(args.out), {}
     try:
-        failed, tuning = {}, tuning_runs(args)
-        refuse_other_flags(args, tuning)
-        plan = read_plan(args.out) if (args.out / PLAN).is_file() else {"tuning": None}
-        lists = [("encoders", encoders(args), 1)]  # one at a time: each takes two threads
-        if plan["tuning"] == tuning:  # a choice is made once, even if a run that failed would now succeed
-            rates = plan["rates"]
-        else:
-            lists.append(("tuning", tuning, args.jobs))
-            if args.list and not all(done(args, *item) for item in tuning.items()):
-                return print_list(args, lists)
-            for title, commands, jobs in lists:
-                failed |= run_all(args, commands, title, jobs)
-            rates = choose_rates(read_results(args.out, tuning), tuning) if tuning else {
-                name: rates_of(args, name)[0] for name in METHODS if name != "LP"}
-        runs = main_runs(args, rates)
-        refuse_other_flags(args, runs)
-        plan = {"command": command, "unit": args.unit, "units": args.units, "rates": rates, "tuning": tuning,
-                "runs": runs}
-        write_text(args.out / PLAN, json.dumps(plan, indent=1) + "\n")
+        for title, commands, jobs in stages(args, command):
+            left = [shell_line(args, *item) for item in commands.items() if not done(args, *item)]
+            if args.list and left:
+                return print("\n".join(left))
+            failed |= {} if args.list else run_all(args, commands, title, jobs)
         if args.list:
-            return print_list(args, [*lists, ("runs", runs, args.jobs)])
-        failed |= run_all(args, encoders(args), "encoders", 1) | run_all(args, runs, "runs")
-        if failed:
-            print("\n".join(f"  {name}: {why}" for name, why in failed.items()), file=sys.stderr)
+            return
+        print("".join(f"  {name}: {why}\n" for name, why in failed.items()), end="", file=sys.stderr)
         try:
             write_report(args.out)
         except ValueError as error:
@@ -259,13 +274,6 @@ def reproduce(args, command):
         lock.release()
     if failed:
         raise Failed(f"{len(failed)} runs failed; the same command tries them again, except for tuning")
-
-
-def print_list(args, lists):
-    for _, commands, _ in lists:
-        for name, flags in commands.items():
-            if not done(args, name, flags):
-                print(shlex.join(command_of(args, name, flags)))
 
 
 def main(argv=None):

@@ -82,8 +82,8 @@ def add_common_flags(parser):
     add = parser.add_argument_group("samples").add_argument
     add("--data-dir", type=Path, metavar="DIR", help="where the files of the paper's data sets lie; python "
         "-m data.download gets them (default: datasets)")
-    add("--pooling", choices=("auto", "first", "mean"), default="auto", help="phi(x) is the first token's last "
-        "hidden state, as in the paper, or the mean over tokens; auto: what the checkpoint's "
+    add("--pooling", choices=("auto", "first", "mean"), default="auto", help="phi(x) is the first token's "
+        "last hidden state, as in the paper, or the mean over tokens; auto: what the checkpoint's "
         "1_Pooling/config.json says, if there is one, else first (default: auto)")
     add("--language", type=int, metavar="N", help="of an embedded task; --model has to be an encoder made "
         "for it by python -m lab.pretrain --seed N (default: 0, whose encoder is --model tiny)")

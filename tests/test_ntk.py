@@ -574,9 +574,9 @@ class LinearModel(nn.Module):
         self.head = nn.Linear(h, num_classes)
 
     def features(self, input_ids):
-        return self.pool(self.encoder(input_ids), None)
+        return self.pool(self.encoder(input_ids))
 
-    def pool(self, hidden, attention_mask):
+    def pool(self, hidden, attention_mask=None):
         return hidden[:, 0]
 
     def forward(self, input_ids):

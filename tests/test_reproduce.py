@@ -457,18 +457,31 @@ def test_the_whole_command(made_up_runs, tmp_path, capsys, monkeypatch):
     assert json.loads((out / "plan.json").read_text()) == plan
 
 
-def test_the_list_is_shell_commands_and_gets_shorter(made_up_runs, tmp_path, capsys):
-    """First encoders and tuning; once these are done the rest; each line is a command for any machine."""
+def test_the_list_is_shell_lines_one_stage_after_the_other(made_up_runs, tmp_path, capsys):
+    """Encoders, then tuning, then the runs. A line does nothing if its run is done, and goes on if it is begun."""
     command = ["--languages", "2", "--scales", "1", "--out", str(tmp_path / "x")]
-    assert reproduce.main([*command, "--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 + 24 and "-m lab.pretrain --seed 101" in lines[0] and "--max-test 0" in lines[-1]
+
+    def listed():
+        assert reproduce.main([*command, "--list"]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    lines = listed()
+    assert len(lines) == 3 and "-m lab.pretrain --seed 101" in lines[0]
+    for unit in (101, 102, 1):
+        (tmp_path / "encoders" / str(unit)).mkdir(parents=True)
+    assert len(listed()) == 24 and "--max-test 0" in listed()[-1]
     assert reproduce.main(command) == 0
     capsys.readouterr()
-    (tmp_path / "x" / "runs" / "FT-1" / "result.json").unlink()
-    assert reproduce.main([*command, "--list"]) == 0
-    line, = capsys.readouterr().out.splitlines()
-    assert line.endswith(f"train.py --resume {tmp_path}/x/runs/FT-1")
+    assert listed() == []
+    folder = tmp_path / "x" / "runs" / "FT-1"
+    for removed, said in (("result.json", "--resume"), ("config.json", "--out")):
+        (folder / removed).unlink(missing_ok=True)
+        line, = listed()
+        echo = line.replace(f"{sys.executable} {reproduce.ROOT}/train.py", "echo")
+        shell = subprocess.run(["sh", "-c", echo], capture_output=True, text=True, check=True)
+        assert f"{said} {folder}" in shell.stdout
+    (folder / "result.json").write_text("{}")
+    assert subprocess.run(["sh", "-c", echo], capture_output=True, check=True).stdout == b""
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(made_up_runs, tmp_path, capsys):
