@@ -8,8 +8,8 @@ from lab import linear_toy
 
 
 @pytest.fixture(scope="module")
-def mean():
-    return linear_toy.mean_of()
+def mean(tmp_path_factory):
+    return linear_toy.work(tmp_path_factory.mktemp("toy") / "toy.png")
 
 
 def test_off_the_training_subspace_no_feature_moves_on_it_ft_moves_them_more_than_lp_ft(mean):
@@ -32,6 +32,14 @@ def test_the_gradient_steps_are_those_of_autograd():
     a.requires_grad_(), B.requires_grad_()
     (0.5 * (x @ B.T @ a - y).square().mean()).backward()
     assert np.allclose(v_1, v - 0.01 * a.grad.numpy()) and np.allclose(B_1, B_0 - 0.01 * B.grad.numpy())
+
+
+def test_the_kernel_of_lora_concentrates_around_that_of_ft():
+    """Prop. 4.4: divided by sigma^2 r, whatever sigma is, it nears F as 1 / sqrt(r), and on average it is F."""
+    for sigma in (0.1, 3.0):
+        errors = [np.mean([linear_toy.lora_kernel_error(r, sigma, seed) for seed in range(20)]) for r in (8, 128, 2048)]
+        assert errors[0] / errors[1] == pytest.approx(4, rel=0.25) and errors[1] / errors[2] == pytest.approx(4, rel=0.25)
+        assert errors[2] < 0.1
 
 
 def test_the_figure_is_written(tmp_path, capsys):
