@@ -223,9 +223,9 @@ def evaluate(model, task, features_0, frozen=False):
         result[task.metric][name] = score(logits, labels)
         result["features"][name] = feature_statistics(features, features_0[name], labels)
         result["features_pretrained"][name] = feature_statistics(features_0[name], features_0[name], labels)
-        (ece, mce), (ece_scaled, mce_scaled) = (calibration_error(logits / T, labels) for T in (1, temperature))
-        result["calibration"][name] = {"ece": ece, "ece_scaled": ece_scaled,
-                                       "mce": mce, "mce_scaled": mce_scaled}  # in the order of the table
+        before, after = (calibration_error(logits / T, labels) for T in (1, temperature))  # (ECE, MCE)
+        result["calibration"][name] = {"ece": before[0], "ece_scaled": after[0],
+                                       "mce": before[1], "mce_scaled": after[1]}  # in the order of the table
     return result | {"logits": saved}
 
 
