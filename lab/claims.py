@@ -156,7 +156,7 @@ def claims(factors):
                   Part(f"test accuracy of regression: F - P, {name}", lambda of, name=name: of.number(
                       name, "ntk", "F", "test_accuracy") - of.number(name, "ntk", "P", "test_accuracy")))]),
         Claim("LoRA has nearly the same F as FT", "F under LoRA has nearly F's rank and spectrum under FT.",
-              Part("singular values of F: LoRA / FT, the smaller above", spectrum("FT", "LoRA"), 0.5),
+              Part("singular values of F, LoRA and FT: smaller / larger", spectrum("FT", "LoRA"), 0.5),
               [Part("the same, LP-LoRA and LP-FT", spectrum("LP-FT", "LP-LoRA"), 0.5)]),
         Claim("A larger head makes features move less", "The longer the first head, the less features move.",
               Part("fall of Diff(F) per factor 10 on FT's head, in distribution", fall("FT", False)),
