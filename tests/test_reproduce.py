@@ -163,6 +163,21 @@ def test_learning_rates_are_chosen_on_validation_alone():
     assert rates == pytest.approx([default / 3, default, 3 * default], rel=0.04)
 
 
+def test_planted_test_and_ood_files_change_no_number_of_tuning(random_folder, tmp_path):
+    """With all labels of test and OOD turned round, a tuning run is the same to the last digit."""
+    said = []
+    for name, (good, bad) in (("right", ("yes", "no")), ("planted", ("no", "yes"))):
+        data = write_data(tmp_path / name)
+        for file in ("test", "ood_web"):
+            (data / f"{file}.tsv").write_text(f"text\tlabel\ngood\t{good}\nbad\t{bad}\n")
+        args = reproduce.parse_args(["--data", str(data), "--model", str(random_folder), "--epochs", "1"])
+        run, flags = next(item for item in reproduce.tuning_runs(args).items() if "tune-LP-FT=" in item[0])
+        assert train.main([*flags, "--out", str(tmp_path / f"{name}-run")]) == 0
+        said.append((run, (tmp_path / f"{name}-run" / "metrics.jsonl").read_text()))
+        assert json.loads((tmp_path / f"{name}-run" / "result.json").read_text())["accuracy"] == {}
+    assert said[0] == said[1]
+
+
 def test_a_rate_of_which_a_run_failed_is_no_choice():
     tuning = tuned({"1e-3": (0.5, 0.5), "3e-3": (0.9, 0.9)})
     planned = dict.fromkeys(tuning)
