@@ -6,6 +6,7 @@ and Ito's, which colour-blind readers tell apart, one to a method throughout.
 
 import json
 import statistics
+from zipfile import BadZipFile
 
 import matplotlib
 import numpy as np
@@ -199,7 +200,7 @@ def make_all(out, results, units):
                 figure.savefig(paths[0], metadata={"Date": None})
                 figure.savefig(paths[1], dpi=150)
             drawn[title] = file, caption
-        except (ValueError, OSError, KeyError, IndexError, EOFError) as error:  # files lost or cut
+        except (ValueError, OSError, KeyError, IndexError, EOFError, BadZipFile) as error:  # lost or cut
             for path in paths:  # of other runs, perhaps
                 path.unlink(missing_ok=True)
             missing = "a run has no " if isinstance(error, KeyError) else ""

@@ -40,9 +40,9 @@ TINY = ("Texts are generated reviews, negative, neutral or positive: train, val 
         "distribution of films, hotels and meals. ")
 UNITS = {"language": "A unit is a language: its own word preferences, its own pre-trained encoder, its own "
                      "texts and labels. So an interval says what happens in another language of the kind.",
-         "seed": "A unit is a seed: head, LoRA, dropout, order and the drawn samples. Numbers made of "
-                 "predictions are drawn again with the test texts (bootstrap); the others say nothing about "
-                 "other texts, and none about another data set or encoder."}
+         "seed": "A unit is a seed: head, LoRA, dropout, order and the drawn samples. The intervals of what "
+                 "is made of predictions have the chance of the test texts, too (bootstrap). Nothing is said "
+                 "about another data set or encoder."}
 WORDS = """\
 LoRA is FT of small low-rank updates instead of the encoder, LP-LoRA LoRA after LP. `test` is of the training
 domain, the other test sets are out of distribution (OOD). V is the head's weight, phi(x) the features, what
@@ -208,7 +208,7 @@ def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, proble
     missing = [f"{name} ({last_error(out / 'runs' / f'{name}.log') or 'not finished'})"
                for name in plan["runs"] if name not in results]
     unfit = [f"{run} ({result['temperature_reason']})" for run, result in results.items()
-             if result["temperature_reason"]]
+             if result.get("temperature_reason")]
     notes = [f"Not finished, so left out: {', '.join(missing)}."] * bool(missing) + [
         f"No temperature could be fitted in {', '.join(unfit)} (T is 1 there)."] * bool(unfit)
     notes += [f"Not drawn: {problem}." for problem in problems]
@@ -226,7 +226,8 @@ def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, proble
         [[f"{i}", part["measure"], interval(part)] for i, c in enumerate(judged, 1) for part in c["parts"]])
     sections |= {title: table_grid(table) for title, table in filled.items()}
     if plan["tuning"]:
-        sections["Learning rates: mean validation score"] = tuning_grid(tuning, plan)
+        sections["Learning rates: mean validation score"] = tuning_grid(tuning, plan) + (
+            "\n\nWhere the chosen rate is the first or the last, one beyond it may be better.")
     made = " Encoders of languages above 0 are made by `python -m lab.pretrain --seed $unit --out DIR`."
     sections["Commands"] = (
         f"All of it: `{plan['command']}`. One run of each kind, $unit is {plan['units'][0]} to "

@@ -1,4 +1,4 @@
-"""Theory in two dimensions: Kumar et al.'s linear network shows what the paper's Cor. 4.3 says."""
+"""The smallest model: Kumar et al.'s linear network shows what the paper's Cor. 4.3 says."""
 
 import numpy as np
 import pytest
