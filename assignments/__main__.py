@@ -1,19 +1,18 @@
 """python -m assignments list | cut | grade | check | gradescope; see the package."""
 
-import argparse
 import csv
-import shutil
 import sys
 from pathlib import Path
 
 from assignments.grading import grade, write_gradescope, write_junit
-from assignments.tasks import ROOT, TASKS, cut
+from assignments.tasks import ROOT, TASKS, copy_project, cut
+from plumbing.flags import Parser
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser("assignments", description="A course cut from the code.", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"assignments: error: {message}\n")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser("assignments", description="A course cut from the code.")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     parser_class=lambda prog, **how: Parser(prog, **how))
     choices = [*TASKS, "all"]
     commands.add_parser("list", help="the tasks, and what they cut")
     add = commands.add_parser("cut", help="a copy of the project in which tasks are open")
@@ -21,7 +20,8 @@ def parse_args(argv=None):
     add.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     add = commands.add_parser("grade", help="run the tests of a task on one or more folders")
     add.add_argument("task", choices=choices, metavar="TASK")
-    add.add_argument("folders", nargs="*", type=Path, default=[Path(".")], metavar="DIR", help="default: here")
+    add.add_argument("folders", nargs="*", type=Path, default=[Path(".")], metavar="DIR",
+                     help="what students have written (default: here)")
     add.add_argument("--seed", type=int, default=0, metavar="S", help="of the inputs (default: 0)")
     add.add_argument("--gradescope", type=Path, metavar="FILE", help="results.json of the (only) folder")
     add.add_argument("--junit", type=Path, metavar="FILE", help="XML of the (only) folder")
@@ -59,7 +59,8 @@ def grade_folders(args):
                     print(f"        {line}")
             earned, possible = (sum(test[key] for test in tests) for key in ("earned", "points"))
             row[task], missing = earned, missing or earned < possible
-            print(f"{task}    {earned} of {possible} points" + f"; next: {next_look(task)}" * (earned == possible))
+            look = f"; next: {next_look(task)}" if earned == possible else ""
+            print(f"{task}    {earned} of {possible} points{look}")
         rows.append(row | {"total": sum(value for key, value in row.items() if key != "folder")})
         if args.gradescope:
             write_gradescope(args.gradescope, results)
@@ -83,16 +84,16 @@ def make_gradescope(names, out):
     """setup.sh, run_autograder and the project, to be zipped and uploaded."""
     if out.exists():
         raise ValueError(f"--out {out}: is there already; expected a new folder")
-    left_out = shutil.ignore_patterns(".*", "lab", "benchmarks", "tests", "runs", "variants", "__pycache__", out.name)
-    shutil.copytree(ROOT, out / "lpft", ignore=left_out)
+    copy_project(out / "lpft")
+    task = names[0] if len(names) == 1 else "all"
     (out / "setup.sh").write_text(
         "#!/usr/bin/env bash\nset -e\napt-get update && apt-get install -y python3 python3-venv\n"
         "python3 -m venv /autograder/venv\n/autograder/venv/bin/pip install torch --index-url "
         "https://download.pytorch.org/whl/cpu\n/autograder/venv/bin/pip install -r /autograder/source/lpft/"
         "requirements.txt\n")
     (out / "run_autograder").write_text(
-        "#!/usr/bin/env bash\ncd /autograder/source/lpft\nmkdir -p /autograder/results\n/autograder/venv/bin/python "
-        f"-m assignments grade {names[0] if len(names) == 1 else 'all'} /autograder/submission --seed 7 "
+        "#!/usr/bin/env bash\ncd /autograder/source/lpft\nmkdir -p /autograder/results\n"
+        f"/autograder/venv/bin/python -m assignments grade {task} /autograder/submission --seed 7 "
         "--gradescope /autograder/results/results.json || true\n")
     (out / "run_autograder").chmod(0o755)
     (out / "setup.sh").chmod(0o755)
@@ -106,7 +107,8 @@ def main(argv=None):
             show_tasks()
         elif args.command == "cut":
             cut(listed(args.tasks), args.out)
-            print(f"open in {args.out}: {', '.join(listed(args.tasks))}; begin with assignments/{args.tasks[0]}.md there")
+            tasks = listed(args.tasks)
+            print(f"open in {args.out}: {', '.join(tasks)}; begin with assignments/{tasks[0]}.md there")
         elif args.command == "grade":
             if len(args.folders) > 1 and (args.gradescope or args.junit):
                 raise ValueError("--gradescope and --junit are of one folder; expected --csv for many")

@@ -27,7 +27,8 @@ def tests_of(task):
 
 
 def nothing(task, why):
-    return [{"name": test.__name__, "points": test.points, "earned": 0, "message": why} for test in tests_of(task)]
+    return [{"name": test.__name__, "points": test.points, "earned": 0, "message": why}
+            for test in tests_of(task)]
 
 
 def run_tests(task, source, seed, report=lambda results: None):
@@ -44,7 +45,8 @@ def run_tests(task, source, seed, report=lambda results: None):
             torch.manual_seed(seed)
             message = failure(test, module, torch.Generator().manual_seed(1000 * seed + number))
             rule = " ".join((test.__doc__ or "").split())
-            results.append({"name": test.__name__, "points": test.points, "earned": 0 if message else test.points,
+            results.append({"name": test.__name__, "points": test.points,
+                            "earned": 0 if message else test.points,
                             "message": f"rule     {rule}\n{message}" if message else ""})
             report(results)
     finally:
@@ -66,7 +68,8 @@ def failure(test, module, rng):
         where = error.__traceback__
         while where.tb_next:
             where = where.tb_next
-        return f"raised   {type(error).__name__}: {error} (line {where.tb_lineno} of {Path(where.tb_frame.f_code.co_filename).name})"
+        file = Path(where.tb_frame.f_code.co_filename).name
+        return f"raised   {type(error).__name__}: {error} (line {where.tb_lineno} of {file})"
 
 
 def grade(task, folder, seed=0):
@@ -76,7 +79,7 @@ def grade(task, folder, seed=0):
         return nothing(task, f"{path}: no such file")
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "results.json"
-        command = [sys.executable, "-m", "assignments.grading", task, str(path.resolve()), str(seed), str(out)]
+        command = [sys.executable, "-m", "assignments.grading", task, path.resolve(), str(seed), out]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
             last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
@@ -89,21 +92,24 @@ def grade(task, folder, seed=0):
 
 def write_gradescope(path, results):
     """results.json as Gradescope reads it: a score and an output for each test."""
-    tests = [{"name": f"{task}: {r['name']}", "score": r["earned"], "max_score": r["points"], "output": r["message"],
-              "status": "failed" if r["message"] else "passed"} for task, of in results.items() for r in of]
-    path.write_text(json.dumps({"score": sum(t["score"] for t in tests), "tests": tests}, indent=1), encoding="utf-8")
+    tests = [{"name": f"{task}: {r['name']}", "score": r["earned"], "max_score": r["points"],
+              "output": r["message"], "status": "failed" if r["message"] else "passed"}
+             for task, of in results.items() for r in of]
+    content = {"score": sum(test["score"] for test in tests), "tests": tests}
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def write_junit(path, results):
     """JUnit's XML, a suite for each task."""
     root = ElementTree.Element("testsuites")
     for task, of in results.items():
-        failures = sum(bool(r["message"]) for r in of)
-        suite = ElementTree.SubElement(root, "testsuite", name=task, tests=str(len(of)), failures=str(failures))
+        failures = str(sum(bool(r["message"]) for r in of))
+        suite = ElementTree.SubElement(root, "testsuite", name=task, tests=str(len(of)), failures=failures)
         for r in of:
             case = ElementTree.SubElement(suite, "testcase", classname=task, name=r["name"])
             if r["message"]:
-                ElementTree.SubElement(case, "failure", message=r["message"].splitlines()[-1]).text = r["message"]
+                last = r["message"].splitlines()[-1]
+                ElementTree.SubElement(case, "failure", message=last).text = r["message"]
     ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 
 

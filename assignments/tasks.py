@@ -1,4 +1,4 @@
-"""The tasks, and the knife: functions are found, emptied and replaced by syntax tree, without marks in the code."""
+"""The tasks, and the knife: functions are found, emptied and replaced by syntax tree, without marks."""
 
 import ast
 import shutil
@@ -19,28 +19,32 @@ class Task:
     forbidden: dict
 
 
-ENGINE = dict.fromkeys(("empirical_ntk", "walk_blocks", "block_inputs", "run_block", "pretrain_kernel", "split_head",
-                        "linear_kernel", "layernorm_jacobian", "embedding_kernel", "exact"),
+ENGINE = dict.fromkeys(("empirical_ntk", "walk_blocks", "block_inputs", "run_block", "pretrain_kernel",
+                        "split_head", "linear_kernel", "layernorm_jacobian", "embedding_kernel", "exact"),
                        "this is the project's fast engine; the task is the definition")
 BY_HAND = dict.fromkeys(("autograd", "backward", "jacrev", "jacfwd", "vjp", "jvp", "grad", "functional_call",
                          "ntk_by_jacobian", "empirical_ntk"), "the task is to write the derivative down")
 TASKS = {
     "a1": Task("attention", "model.py", ("SelfAttention.forward", "SelfAttention.split_heads"), 60, {}),
-    "a2": Task("LoRA", "model.py", ("LoRALinear.__init__", "LoRALinear.forward", "LoRALinear.merged"), 45, {}),
+    "a2": Task("LoRA", "model.py", ("LoRALinear.__init__", "LoRALinear.forward", "LoRALinear.merged"), 45,
+               {}),
     "a3": Task("linear probing", "lpft.py", ("lp_objective", "stratified_folds"), 60,
                BY_HAND | {"fit_linear_probe": "it calls what you are to write"}),
     "a4": Task("temperature scaling", "lpft.py", ("fit_temperature",), 45, {}),
     "a5": Task("calibration and features", "lpft.py", ("calibration_error", "feature_statistics"), 60, {}),
     "a6": Task("the neural tangent kernel", "ntk.py",
                ("ntk_by_jacobian", "initial_deltas", "predicted_logit_change", "ft_ratio"), 90, ENGINE),
-    "a7": Task("the kernel of one layer", "ntk.py", ("linear_kernel", "layernorm_jacobian", "embedding_kernel"), 90,
-               BY_HAND),
-    "a8": Task("fine-tuning from the probe's head", "lpft.py", ("set_head", "best_epoch", "train_epoch"), 60, {}),
+    "a7": Task("the kernel of one layer", "ntk.py",
+               ("linear_kernel", "layernorm_jacobian", "embedding_kernel"), 90, BY_HAND),
+    "a8": Task("fine-tuning from the probe's head", "lpft.py", ("set_head", "best_epoch", "train_epoch"), 60,
+               {}),
 }
 SAFE_IMPORTS = {"torch", "math", "numpy", "itertools", "functools", "collections"}
-UNSAFE = {"open", "eval", "exec", "compile", "globals", "locals", "getattr", "setattr", "breakpoint", "input", "inspect",
-          "sys", "os", "gc", "importlib", "builtins", "subprocess", "pathlib", "Path", "assignments", "graders",
-          "__import__", "__dict__", "__builtins__", "__globals__", "__subclasses__", "modules", "load", "__code__"}
+UNSAFE = {"open", "eval", "exec", "compile", "globals", "locals", "getattr", "setattr", "breakpoint", "input",
+          "inspect", "sys", "os", "gc", "importlib", "builtins", "subprocess", "pathlib", "Path",
+          "assignments", "graders", "modules", "load", "__import__", "__dict__", "__builtins__",
+          "__globals__", "__code__",
+          "__subclasses__"}
 
 
 def functions_of(tree):
@@ -78,21 +82,29 @@ def emptied(source, name, task):
     """One function with its signature and docstring, and the body that says where to read."""
     node, lines = functions_of(ast.parse(source))[name], source.splitlines(keepends=True)
     first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
-    body = f'{" " * (node.col_offset + 4)}raise NotImplementedError("{task}: {name} is open; see assignments/{task}.md")'
+    why = f"{task}: {name} is open; see assignments/{task}.md"
+    body = f'{" " * (node.col_offset + 4)}raise NotImplementedError("{why}")'
     start = first.end_lineno if ast.get_docstring(node) and len(node.body) == 1 else first.lineno - 1
     return "".join(lines[span(node)[0]:start]) + body + "\n"
 
 
-def cut(names, out):
-    """A copy of the project in which these tasks are open; ValueError if `out` is there."""
+def copy_project(out):
+    """What runs and grades, without history, tests and variants; ValueError if `out` is there."""
     if out.exists():
         raise ValueError(f"--out {out}: is there already; expected a new folder")
-    left_out = (".git", ".ci", "lab", "benchmarks", "tests", "runs", "variants", "__pycache__", "*.pyc", ".*")
-    shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(*left_out, out.name))
+    left_out = ".*", "lab", "benchmarks", "tests", "runs", "variants", "check.py", "__pycache__"
+    here = [out.name] * (out.resolve().parent == ROOT)  # else the copy would copy itself
+    shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(*left_out, *here))
+
+
+def cut(names, out):
+    """A copy of the project in which these tasks are open; ValueError if `out` is there."""
+    copy_project(out)
     for name in names:
-        task, path = TASKS[name], out / TASKS[name].file
+        path = out / TASKS[name].file
         source = path.read_text(encoding="utf-8")
-        path.write_text(replace(source, {f: emptied(source, f, name) for f in task.functions}), encoding="utf-8")
+        cut_out = {f: emptied(source, f, name) for f in TASKS[name].functions}
+        path.write_text(replace(source, cut_out), encoding="utf-8")
 
 
 def splice(name, theirs):
@@ -124,12 +136,15 @@ def suspicious(node, task):
     if isinstance(node, (ast.Try, ast.Global, ast.Nonlocal)):
         return f"no {type(node).__name__.lower()} is needed here, and errors are not to be hidden"
     if isinstance(node, (ast.Import, ast.ImportFrom)):
-        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        names = [alias.name for alias in node.names]
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
         outside = [module for module in modules if module.split(".")[0] not in SAFE_IMPORTS]
+        outside += [name for name in names if name in task.forbidden]
         return f"imports {outside[0]}; allowed: {', '.join(sorted(SAFE_IMPORTS))}" if outside else None
     name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
-    if name in UNSAFE:
+    if name in UNSAFE and not (isinstance(node, ast.Attribute) and name == "eval"):  # model.eval()
         return f"uses {name}, which no solution needs"
-    if name in task.forbidden and name not in task.functions:
+    variable = isinstance(node, ast.Name) and name == "grad"
+    if name in task.forbidden and name not in task.functions and not variable:
         return f"uses {name}: {task.forbidden[name]}"
     return None
