@@ -30,8 +30,8 @@ class Failed(Exception):
 
 
 def exit_status(program, work, go_on=lambda: ""):
-    """Call work(). 0, or one line on standard error and 2 for bad input; 1 for a full disk or memory, a solver
-    that did not converge, an open assignment and Failed; 130 for an interruption, with go_on() behind it.
+    """Call work(). 0, or one line on standard error and 2 for bad input; 1 for a full disk or memory, for a
+    solver that did not converge, an open assignment and Failed; 130 for an interruption, with go_on() behind.
     """
     try:
         work()
