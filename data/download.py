@@ -9,15 +9,18 @@ no file behind, and files that are there stay.
 """
 
 import argparse
+import hashlib
 import http.client
+import socket
 import sys
 import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlretrieve
 
-from torch.hub import download_url_to_file
+from tqdm import tqdm
 
 from data import check_rows
 from data.corpora import CORPORA
@@ -94,13 +97,16 @@ def download(name, data_dir, sources=SOURCES):
 
 
 def fetch(url, path, sha256=None):
-    """Write what `url` serves to `path` and return it; OSError, or ValueError for another SHA-256."""
+    """Write what `url` serves to `path`, and return it; OSError if it is cut, ValueError for another hash."""
+    socket.setdefaulttimeout(60)
     try:
-        download_url_to_file(url, str(path), hash_prefix=sha256)
-    except RuntimeError as error:  # of the hash
-        raise ValueError(f"{url}: SHA-256 is not as expected: {error}") from None
+        with tqdm(desc=url.rsplit("/", 1)[1], unit="B", unit_scale=True, delay=1) as bar:
+            urlretrieve(url, path, lambda blocks, size, total: bar.update(size))
     except (OSError, http.client.HTTPException) as error:  # urllib's are OSErrors
         raise OSError(f"{url}: {getattr(error, 'reason', None) or error}") from None
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != (sha256 or found):
+        raise ValueError(f"{url}: SHA-256 is {found}; expected {sha256}")
     return path
 
 

@@ -4,9 +4,9 @@
     why}]
 
 An endpoint is a number that each unit gives (a language with its encoder, texts and labels; on real data a
-seed), mostly the paired difference of two methods. Where units share their test texts and the endpoint is
-made of predictions, the interval is by bootstrap: units and texts are drawn again together, from the saved
-logits. Elsewhere it is Student's t. The verdict compares the endpoint with its bound: Holm's procedure over
+seed), mostly the paired difference of two methods. Its interval is Student's t. Where units share their test
+texts and the endpoint is made of predictions, the chance of the texts is added, by bootstrap of the saved
+logits. The verdict compares the endpoint with its bound: Holm's procedure over
 the seven keeps the chance that any verdict is wrong at 5 %. Parts are further numbers, with intervals and
 without verdict.
 """
@@ -15,15 +15,16 @@ import math
 import statistics
 from dataclasses import dataclass, field
 from typing import Callable
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from scipy import stats
 
 from lab.runs import METHODS, complete_units, look_up, scaled, scales_of
-from lpft import calibration_error
+from lpft import METRICS, calibration_error
 
-DRAWS = 2000  # of the bootstrap
+DRAWS = 2000  # of test texts, for the bootstrap
 
 
 class NotMeasured(Exception):
@@ -74,8 +75,8 @@ class Unit:
         return statistics.mean(self.number(name, group, split, *keys) for split in self.splits(ood))
 
 
-def claims(factors):
-    """The seven; `factors` on the starting head of which there are runs."""
+def claims(factors, metric="accuracy"):
+    """The seven; `factors` on the starting head of which there are runs, `metric` of the score."""
     places = (("in distribution", False), ("out of distribution", True))
 
     def difference(one, other, *keys, ood=None):  # of a number, or of a mean over splits
@@ -100,7 +101,9 @@ def claims(factors):
     def spectrum(one, other):
         def measure(of):
             a, b = (of.number(name, "ntk", "F", "singular_values") for name in (one, other))
-            count = min(of.number(name, "ntk", "F", "rank") for name in (one, other))
+            count = int(min(of.number(name, "ntk", "F", "rank") for name in (one, other)))
+            if not count:
+                raise NotMeasured("F is zero")
             return float(np.exp(-np.abs(np.log(a[:count] / b[:count])).mean()))
         return measure
 
@@ -120,9 +123,9 @@ def claims(factors):
 
     def score(one, other, ood, bound=0.0):
         def predicted(logits, labels):
-            return statistics.mean(float((logits[one][s].argmax(1) == labels[s]).mean()
-                                         - (logits[other][s].argmax(1) == labels[s]).mean())
-                                   for s in labels if (s == "test") != ood)
+            def of(name, s):
+                return METRICS[metric](torch.from_numpy(logits[name][s]), torch.from_numpy(labels[s]))
+            return statistics.mean(of(one, s) - of(other, s) for s in labels if (s == "test") != ood)
         return Part(f"score {dict(map(reversed, places))[ood]}: {one} - {other}",
                     difference(one, other, "score", ood=ood), bound, predicted)
 
@@ -156,7 +159,7 @@ def claims(factors):
                   Part(f"test accuracy of regression: F - P, {name}", lambda of, name=name: of.number(
                       name, "ntk", "F", "test_accuracy") - of.number(name, "ntk", "P", "test_accuracy")))]),
         Claim("LoRA has nearly the same F as FT", "F under LoRA has nearly F's rank and spectrum under FT.",
-              Part("singular values of F: LoRA / FT, the smaller above", spectrum("FT", "LoRA"), 0.5),
+              Part("singular values of F, LoRA and FT: smaller / larger", spectrum("FT", "LoRA"), 0.5),
               [Part("the same, LP-LoRA and LP-FT", spectrum("LP-FT", "LP-LoRA"), 0.5)]),
         Claim("A larger head makes features move less", "The longer the first head, the less features move.",
               Part("fall of Diff(F) per factor 10 on FT's head, in distribution", fall("FT", False)),
@@ -181,7 +184,7 @@ def judge(out, plan, results):
     units = complete_units(results, plan["units"])
     logits = read_logits(out, units) if plan["unit"] == "seed" else None
     judged = []
-    for claim in claims(scales_of(results)):
+    for claim in claims(scales_of(results), results[f"LP-{units[0]}"]["metric"]):
         primary, *parts = (measure(part, results, units, logits) for part in (claim.primary, *claim.parts))
         judged.append({"claim": claim.claim, "says": claim.says, "primary": primary, "parts": parts})
     measured = [claim["primary"] for claim in judged if "p" in claim["primary"]]
@@ -201,6 +204,8 @@ def measure(part, results, units, logits=None):
         values = [float(part.of(Unit(results, unit))) for unit in units]
     except NotMeasured as error:  # to leave out a unit where a number is not defined would choose among units
         return found | {"why": str(error)}
+    if all(value == part.bound for value in values):
+        return found | {"why": "every unit ties"}
     if logits and part.predictions:
         mean, lower, upper, p = bootstrap(part, logits, values)
     else:
@@ -218,29 +223,41 @@ def paired_t(values, bound=0.0):
     return mean, mean - half, mean + half, p
 
 
-def bootstrap(part, logits, values, draws=None):
-    """The same by drawing units and test texts again together; logits as those of read_logits."""
-    rng, units, found, draws = np.random.default_rng(0), [*logits], [], draws or DRAWS
-    sizes = {split: len(labels) for split, labels in logits[units[0]][1].items()}
-    for _ in range(draws):
+def bootstrap(part, logits, values):
+    """The same where units share their test texts; logits as those of read_logits.
+
+    The mean over these units has two sources of chance. The texts: the standard deviation over draws of
+    texts, the same for every unit. The units: their standard error, as in paired_t. The variances are added,
+    with Welch and Satterthwaite's degrees of freedom for the sum.
+    """
+    rng, n, mean, found = np.random.default_rng(0), len(values), statistics.mean(values), []
+    sizes = {split: len(labels) for split, labels in logits[next(iter(logits))][1].items()}
+    for _ in range(DRAWS):
         texts = {split: rng.integers(size, size=size) for split, size in sizes.items()}
-        drawn = rng.choice(units, len(units))
         found.append(statistics.mean(part.predictions(
-            {name: {s: of[s][texts[s]] for s in of} for name, of in logits[unit][0].items()},
-            {s: labels[texts[s]] for s, labels in logits[unit][1].items()}) for unit in drawn))
-    lower, upper = np.quantile(found, (0.025, 0.975))
-    below = float(np.mean(np.asarray(found) <= part.bound))
-    return statistics.mean(values), float(lower), float(upper), max(2 * min(below, 1 - below), 1 / draws)
+            {name: {s: of[s][texts[s]] for s in of} for name, of in methods.items()},
+            {s: of[texts[s]] for s, of in labels.items()}) for methods, labels in logits.values()))
+    of_texts, of_units = statistics.variance(found), statistics.variance(values) / n
+    total = of_texts + of_units
+    if not total:
+        return mean, mean, mean, float(mean == part.bound)
+    freedom = total**2 / (of_units**2 / (n - 1) + of_texts**2 / (DRAWS - 1))
+    error = math.sqrt(total)
+    half, p = stats.t.ppf(0.975, freedom) * error, 2 * stats.t.sf(abs(mean - part.bound) / error, freedom)
+    return mean, mean - half, mean + half, float(p)
 
 
 def read_logits(out, units):
-    """{unit: ({method: {split: logits (N, C)}}, {split: labels (N,)})}; None where some are not there."""
+    """{unit: ({method: {split: logits (N, C)}}, {split: labels (N,)})}; ValueError for a file that is cut."""
     found = {}
     for unit in units:
-        files = {name: out / "runs" / f"{name}-{unit}" / "logits.npz" for name in METHODS}
-        if not all(path.is_file() for path in files.values()):
-            return None
-        saved = {name: dict(np.load(path)) for name, path in files.items()}
+        saved = {}
+        for name in METHODS:
+            path = out / "runs" / f"{name}-{unit}" / "logits.npz"
+            try:
+                saved[name] = dict(np.load(path))
+            except (OSError, ValueError, BadZipFile) as error:
+                raise ValueError(f"{path}: not the logits that train.py writes ({error})") from None
         splits = [key[7:] for key in saved["LP"] if key.startswith("labels_") and key != "labels_val"]
         found[unit] = ({name: {s: of[f"logits_{s}"] for s in splits} for name, of in saved.items()},
                        {s: saved["LP"][f"labels_{s}"] for s in splits})

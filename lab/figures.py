@@ -6,6 +6,7 @@ and Ito's, which colour-blind readers tell apart, one to a method throughout.
 
 import json
 import statistics
+from zipfile import BadZipFile
 
 import matplotlib
 import numpy as np
@@ -149,12 +150,12 @@ def reliability(out, results, units):
     figure, axes = panels(len(METHODS))
     for axis, name in zip(axes, METHODS):
         runs = of_units(results, name, units)
-        fitted = [run["temperature"] for run in runs if not run["temperature_reason"]]
+        fitted = [run["temperature"] for run in runs if run["temperature"]]  # the others have none
         saved = [np.load(out / "runs" / f"{name}-{unit}" / "logits.npz") for unit in units]
         labels = np.concatenate([of["labels_test"] for of in saved])
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=1)
         for marker, colour, what in (("o", COLOURS[name], "as trained"), ("^", "#222222", "divided by T")):
-            scaled_by = [run["temperature"] if what == "divided by T" else 1.0 for run in runs]
+            scaled_by = [(run["temperature"] or 1.0) if what == "divided by T" else 1.0 for run in runs]
             probs = torch.cat([(torch.from_numpy(of["logits_test"]).double() / t).softmax(1)
                                for of, t in zip(saved, scaled_by)])  # (texts of all units, C)
             confidence, guess = (x.numpy() for x in probs.max(1))
@@ -171,16 +172,19 @@ def reliability(out, results, units):
 
 
 FIGURES = {  # {title: (file name, what draws it, caption)}
-    "The head grows (Fig. 1, 4)": ("head-norm", head_norms, "in LP the head's norm goes on growing after "
-        "training accuracy has levelled off; in the FT stage it hardly moves from where it starts."),
-    "Feature change against the head (Fig. 3, 10, 11)": ("head-scale", head_scales, "the larger the "
-        "head that training starts from, the less features move."),
-    "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, "F reaches further to the right, it has the "
-        "higher rank; dashed (LoRA) and solid (FT) lines lie near each other."),
-    "Trace norms of P and F (Fig. 8, 9)": ("trace-norms", trace_norms, "one scale for all, the first unit. F "
-        "is small where FT starts from a random head, and many times larger after LP."),
-    "Reliability before and after temperature scaling": ("reliability", reliability, "points below "
-        "the diagonal are too sure, above it too unsure. Dividing by T moves the large marks to it."),
+    "The head's norm (Fig. 1, 4)": ("head-norm", head_norms, "Left, along LP's solver: the head's norm, and "
+        "beside it training accuracy. Right, by epoch of the FT stage. In the paper LP makes the head grow, "
+        "and the FT stage hardly does."),
+    "Feature change against the head (Fig. 3, 10, 11)": ("head-scale", head_scales, "In the paper the curves "
+        "fall: the longer the head that training starts from, the less features move."),
+    "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, "Mean over units. In the paper F has the higher "
+        "rank, it reaches further to the right, and LoRA's (dashed) has nearly the spectrum of FT's (solid). "
+        "Each is divided by its largest value, so sizes are not compared."),
+    "Trace norms of P and F (Fig. 8, 9)": ("trace-norms", trace_norms, "The first unit; one scale for all, "
+        "so that the size of F can be compared: from a random head it is small, after LP many times larger."),
+    "Reliability before and after temperature scaling": ("reliability", reliability, "All units. Points "
+        "below the diagonal are too sure, above it too unsure; the larger a mark, the more texts. Triangles, "
+        "after dividing by T, should lie near it; small marks are a few texts."),
 }
 
 
@@ -195,8 +199,8 @@ def make_all(out, results, units):
                 figure = draw(out, results, units)
                 figure.savefig(paths[0], metadata={"Date": None})
                 figure.savefig(paths[1], dpi=150)
-            drawn[title] = file, f"What to see: {caption}"
-        except (ValueError, OSError, KeyError, IndexError, EOFError) as error:  # files lost or cut
+            drawn[title] = file, caption
+        except (ValueError, OSError, KeyError, IndexError, EOFError, BadZipFile) as error:  # lost or cut
             for path in paths:  # of other runs, perhaps
                 path.unlink(missing_ok=True)
             missing = "a run has no " if isinstance(error, KeyError) else ""

@@ -1,4 +1,4 @@
-"""Why fine-tuning distorts features, in two dimensions (Kumar et al.'s two-layer linear network).
+"""Why fine-tuning distorts features, in the smallest model that shows it: Kumar et al.'s linear network.
 
     python -m lab.linear_toy             seconds; --out FILE for the figure (default: linear-toy.png)
 

@@ -4,10 +4,11 @@
 
 One line a method, thin for each language, thick for their mean with its 95 % interval; LP, which has no rate,
 is a level. Written to --out: map.svg and .png (accuracy), map-mechanism.svg and .png (Diff(F), T and ECE),
-map.json. Runs that are there are not made again.
+map.json. T is drawn over the languages in which it could be fitted. Runs that are there are not made again.
 """
 
 import json
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def measure(result, what):
     ood = [value for split, value in result["accuracy"].items() if split != "test"]
     return {"id": result["accuracy"]["test"], "ood": statistics.mean(ood),
             "diff": result["features"]["test"]["diff"], "ece": result["calibration"]["test"]["ece"],
-            "temperature": np.nan if result["temperature_reason"] else result["temperature"]}[what]
+            "temperature": result["temperature"]}[what]  # None where it was not fitted
 
 
 def collect(results, tasks, units):
@@ -71,7 +72,7 @@ def draw(found, measures, units):
     for row, (title, what) in zip(axes, measures.items()):
         for axis, (task, methods) in zip(row, found.items()):
             for name, of in methods.items():
-                values, colour = np.array(of[what]), COLOURS[name]  # (rates, languages)
+                values, colour = np.array(of[what], float), COLOURS[name]  # (rates, languages); None is NaN
                 if not len(values) or name == "LP" and what in ("diff",):
                     continue
                 rates = of["rates"] if name != "LP" else [min(RATES[False]), max(RATES[True])]
@@ -128,4 +129,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

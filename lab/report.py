@@ -33,21 +33,27 @@ it does, in "Understanding Linear Probing then Fine-tuning Language Models from 
 on {task}, with {units}.
 
 {unit} Every interval is the 95 % interval of a mean over units, mostly of a paired difference. A claim
-*holds* or *does not hold* where its first number is told from its bound (Holm's procedure over the seven: all
-verdicts together are right with 95 %); else it is *undecided*. Learning rates were {rates}."""
+*holds* or *does not hold* where the number that is measured for it is told from its bound (Holm's procedure
+over the seven: all verdicts together are right with 95 %); else it is *undecided*. The verdict is about this
+number alone; what else the claim says stands under "Further numbers". Learning rates were {rates}."""
+TINY = ("Texts are generated reviews, negative, neutral or positive: train, val and test of gadgets, out of "
+        "distribution of films, hotels and meals. ")
 UNITS = {"language": "A unit is a language: its own word preferences, its own pre-trained encoder, its own "
                      "texts and labels. So an interval says what happens in another language of the kind.",
-         "seed": "A unit is a seed: head, LoRA, dropout, order and the drawn samples. Numbers made of "
-                 "predictions are drawn again with the test texts (bootstrap); the others say nothing about "
-                 "other texts, and none about another data set or encoder."}
+         "seed": "A unit is a seed: head, LoRA, dropout, order and the drawn samples. The intervals of what "
+                 "is made of predictions have the chance of the test texts, too (bootstrap). Nothing is said "
+                 "about another data set or encoder."}
 WORDS = """\
-V is the head's weight, phi(x) the features, what the encoder gives for a text. CS(F): mean cosine similarity
+LoRA is FT of small low-rank updates instead of the encoder, LP-LoRA LoRA after LP. `test` is of the training
+domain, the other test sets are out of distribution (OOD). V is the head's weight, phi(x) the features, what
+the encoder gives for a text. CS(F): mean cosine similarity
 of the features of two texts. Diff(F): how far features moved from the pre-trained ones. FDR(F): Fisher's
 ratio of the spread between classes to that within. Norm(F): their mean length. Norm(C), Diff(C): ||V||, and
 how far V moved in the FT stage (in LP, from 0). Theta = P + F is the neural tangent kernel where the FT stage
 starts: P is the head's part, F the encoder's. FT ratio: the length of F's part of the first step over that of
 the whole step. Kernel regression is scored by class, and per logit. ECE, MCE: mean and largest gap between
-confidence and accuracy; T: the temperature that logits are divided by. ±: the standard deviation over units.
+confidence and accuracy. T: logits are divided by it, fitted on validation, so that confidence meets accuracy;
+above 1 the model was too sure, below 1 too unsure. ±: the standard deviation over units.
 An empty cell: the method has no such number, or not in every unit."""
 PICTURE = "Accuracy against the learning rate"
 
@@ -174,8 +180,9 @@ def write_report(out):
     if first.get("data") in TASKS and (out.parent / "map" / "map.svg").is_file():  # of lab.map
         for kind in ("svg", "png"):
             shutil.copy(out.parent / "map" / f"map.{kind}", out / "figures")
-        drawn = {PICTURE: ("map", "What to see: in distribution (below) the rates can hardly be told apart. "
-                           "Out of distribution (above) FT needs the right one; LP-FT less so.")} | drawn
+        drawn = {PICTURE: ("map", "FT and LoRA fail at low rates, the more so the fewer the labels, and more "
+                           "out of distribution (above) than in it (below). After LP every rate works. "
+                           "Bands: 95 % intervals of the mean over languages.")} | drawn
     write_text(out / "claims.json", json.dumps(judged, indent=1) + "\n")
     write_text(out / "tables.json", json.dumps({"units": units, "tables": filled}, indent=1) + "\n")
     text = as_markdown(out, plan, results, tuning, units, judged, filled, drawn, problems)
@@ -200,13 +207,14 @@ def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, proble
         for name, config in used.items() if "lr" in config)
     missing = [f"{name} ({last_error(out / 'runs' / f'{name}.log') or 'not finished'})"
                for name in plan["runs"] if name not in results]
-    unfit = [run for run, result in results.items() if result.get("temperature_reason")]
+    unfit = [f"{run} ({result['temperature_reason']})" for run, result in results.items()
+             if result.get("temperature_reason")]
     notes = [f"Not finished, so left out: {', '.join(missing)}."] * bool(missing) + [
         f"No temperature could be fitted in {', '.join(unfit)} (T is 1 there)."] * bool(unfit)
     notes += [f"Not drawn: {problem}." for problem in problems]
     pictures = {title: f"![{title}](figures/{file}.png)\n\n*{caption}*"
                 for title, (file, caption) in drawn.items()}
-    sections = {title: body for title, body in pictures.items() if title == PICTURE}
+    sections = {title: body for title, body in pictures.items() if title == PICTURE} | {"Words": WORDS}
     rows = [[f"{i}. {claim['says']}", f"{part['measure']}, above {part['bound']:g}?", interval(part),
              f"**{part['verdict']}**", claim["why"]]
             for i, claim in enumerate(judged, 1) for part in (claim["primary"],)]
@@ -216,15 +224,20 @@ def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, proble
     sections["Further numbers of the claims"] = grid(
         ["claim", "measured", "mean (95 % interval)"],
         [[f"{i}", part["measure"], interval(part)] for i, c in enumerate(judged, 1) for part in c["parts"]])
-    sections["Words"] = WORDS
     sections |= {title: table_grid(table) for title, table in filled.items()}
     if plan["tuning"]:
-        sections["Learning rates: mean validation score"] = tuning_grid(tuning, plan)
-    sections["Commands"] = f"All of it: `{plan['command']}`. One run of each kind:\n\n{commands(plan)}"
+        sections["Learning rates: mean validation score"] = tuning_grid(tuning, plan) + (
+            "\n\nWhere the chosen rate is the first or the last, one beyond it may be better.")
+    made = " Encoders of languages above 0 are made by `python -m lab.pretrain --seed $unit --out DIR`."
+    sections["Commands"] = (
+        f"All of it: `{plan['command']}`. One run of each kind, $unit is {plan['units'][0]} to "
+        f"{plan['units'][-1]}.{made * (plan['unit'] == 'language')}\n\n{commands(plan)}")
+    short = "; ".join(f"claim {i} {claim['primary']['verdict']}" for i, claim in enumerate(judged, 1))
     anchors = {title: re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in sections}
     lines = ["# Linear probing then fine-tuning: seven claims, measured", "", ABOUT.format(
         task=task, units=f"{len(units)} {plan['unit']}s", unit=UNITS[plan["unit"]], rates=rates), "",
-        f"Samples: {samples}. Every number, with its files: `tables.json`, `claims.json`.", "", *notes, "",
+        f"In short: {short}.", "", f"{TINY * (first.get('data') in TASKS)}Samples: {samples}. Every number, "
+        "with its files: `tables.json`, `claims.json`.", "", *notes, "",
         "Contents: " + " · ".join(f"[{title}](#{anchor})" for title, anchor in anchors.items())]
     for title, body in sections.items():
         lines += ["", f'<a id="{anchors[title]}"></a>', "", f"## {title}", "", body]

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from pathlib import Path
 from threading import Event
 
@@ -37,6 +38,7 @@ from plumbing.flags import Failed, Parser, configuration, exit_status
 from plumbing.run_folder import lock_folder
 
 TUNING_UNITS = (101, 102)
+OWN_FLAGS = ("--method", "--lora", "--seed", "--language", "--lr", "--head-scale", "--resume", "--export")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -60,13 +62,17 @@ def parse_args(argv=None):
     add("--list", action="store_true", help="print the commands that are left, and run none")
     add("--report", action="store_true", help="make the report of what is there, and run nothing")
     args, args.handed = parser.parse_known_args(argv)
+    own = {word.split("=")[0] for word in args.handed} & {*OWN_FLAGS}
+    if own:
+        parser.error(f"{min(own)} has no effect: every run has its own; expected flags like --max-train")
     embedded = args.data in tiny.TASKS
     args.unit, other = ("language", "seeds") if embedded else ("seed", "languages")
     if getattr(args, other) is not None:
         parser.error(f"--{other} has no effect: the units of --data {args.data} are {args.unit}s")
     if embedded and args.model != "tiny":
         parser.error("--model has no effect: every language of an embedded task has an encoder of its own")
-    args.units = [*range((args.languages or 8) if embedded else (args.seeds or 3))]
+    count, usual = (args.languages, 8) if embedded else (args.seeds, 3)
+    args.units = [*range(usual if count is None else count)]
     for flag, value, least, most in ((f"--{args.unit}s", len(args.units), 2, 100),
                                      ("--jobs", args.jobs, 1, 1000), ("--ntk", args.ntk, 0, 250)):
         if not least <= value <= most:
@@ -133,8 +139,10 @@ def encoders(args):
 
 
 def done(args, name, flags):
-    path = Path(flags[-1]) if name.startswith("encoder-") else args.out / "runs" / name / "result.json"
-    return path.exists()
+    if name.startswith("encoder-"):  # its language is what is written last
+        path = Path(flags[-1]) / "config.json"
+        return path.is_file() and "language" in read_json(path)
+    return (args.out / "runs" / name / "result.json").exists()
 
 
 def command_of(args, name, flags):
@@ -190,7 +198,8 @@ def run_one(args, name, flags, processes, stopping):
             time.sleep(0.5)
     if stopping.is_set():
         return "interrupted"
-    threads = {"PYTHONPATH": str(ROOT)} | ({} if name.startswith("encoder-") else {"OMP_NUM_THREADS": "1"})
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    threads = {"PYTHONPATH": paths} | ({} if name.startswith("encoder-") else {"OMP_NUM_THREADS": "1"})
     with open(log, "wb") as said:
         process = subprocess.Popen(command_of(args, name, flags), stdout=said, stderr=subprocess.STDOUT,
                                    env=os.environ | threads)
@@ -219,6 +228,8 @@ def refuse_other_flags(args, runs):
 def check_data(args):
     """ValueError or OSError now for what the runs would refuse after hours."""
     seeds = (*args.units, *TUNING_UNITS[:2 * (len(args.rates) > 1)])  # each draws its own
+    for name in METHODS:
+        train.parse_args(common_flags(args, name, args.units[0]))
     for unit in seeds if args.unit == "seed" else args.units[:1]:
         words = common_flags(args, "LP-LoRA", unit) + ["--ntk", str(args.ntk)] * (args.ntk > 0)
         task, *_ = train.load(train.parse_args(words))
@@ -232,7 +243,7 @@ def stages(args, command):
     refuse_other_flags(args, tuning)
     yield "encoders", encoders(args), 1  # each takes two threads
     plan = read_plan(args.out) if (args.out / PLAN).is_file() else {"tuning": None}
-    if plan["tuning"] == tuning:  # a choice is made once, even if a run that failed would now succeed
+    if tuning and plan["tuning"] == tuning:  # a choice is made once, even if what failed would now succeed
         rates = plan["rates"]
     else:
         yield "tuning", tuning, args.jobs
@@ -252,7 +263,8 @@ def reproduce(args, command):
         return write_report(args.out)
     if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "runs").is_dir():
         raise ValueError(f"--out {args.out}: holds something else; expected a new folder or an earlier one")
-    check_data(args)  # a flag that train.py refuses ends here, not after an hour
+    with redirect_stdout(sys.stderr):  # what is said of a download is no shell line
+        check_data(args)  # a flag that train.py refuses ends here, not after an hour
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
     lock, failed = lock_folder(args.out), {}
     try:

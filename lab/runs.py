@@ -37,6 +37,8 @@ def read_results(out, runs):
             metric = result.get("metric")
             if not isinstance(result.get(metric), dict) or look_up(result, f"val_{metric}") is None:
                 raise ValueError(f"{path}: not what train.py writes; expected a metric and its scores")
+            if result.get("temperature_reason"):  # T = 1 stands for none
+                result["temperature"] = None
     return found
 
 

@@ -31,8 +31,8 @@ LAYER_NAMES = {"attention.self.query": "attention.query", "attention.self.key": 
 SPECIAL_TOKENS = {"cls_token": ("<s>", "[CLS]"), "sep_token": ("</s>", "[SEP]"),
                   "unk_token": ("<unk>", "[UNK]"),
                   "pad_token": ("<pad>", "[PAD]"), "mask_token": ("<mask>", "[MASK]")}
-# Parts of a checkpoint that the classifier does not use: pooler, MLM heads, a buffer of old files.
 POOLING_FILE = Path("1_Pooling/config.json")  # of sentence-transformers
+# Parts of a checkpoint that the classifier does not use: pooler, MLM heads, a buffer of old files.
 UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
 
 
@@ -55,7 +55,7 @@ def load_pretrained(name, pooling="auto"):
     sentence-transformers. Raises FileNotFoundError for a missing file, ValueError for
     an architecture that is not supported and for a tensor that is missing, left over or of the wrong shape.
     """
-    directory = find_checkpoint(name)
+    directory = find_checkpoint(name, pooling)
     config = read_config(directory / "config.json")
     config.pooling = read_pooling(directory) if pooling == "auto" else pooling
     weights, path = read_safetensors(directory / "model.safetensors"), directory / "model.safetensors"
@@ -154,13 +154,16 @@ def read_pooling(directory):
     parent = directory.resolve().parent  # if `directory` is the Transformer inside its folder
     for folder in (directory, *[parent] * (parent / "modules.json").is_file()):
         if (folder / POOLING_FILE).is_file():
-            entries = read_json(folder / POOLING_FILE).items()
-            modes = [name for name, on in entries if name.startswith("pooling_mode_") and on is True]
-            known = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
+            entries = read_json(folder / POOLING_FILE)
+            modes = [name for name, on in entries.items() if name.startswith("pooling_mode_") and on is True]
+            if "pooling_mode" in entries:  # later versions
+                modes.append(f"pooling_mode {entries['pooling_mode']}")
+            known = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean",
+                     "pooling_mode cls": "first", "pooling_mode mean": "mean"}
             if len(modes) != 1 or modes[0] not in known:
                 found = " and ".join(modes) or "no pooling_mode"
                 raise ValueError(f"{folder / POOLING_FILE}: true is {found}; "
-                                 f"expected {' or '.join(known)}; choose by --pooling first or mean")
+                                 f"expected one of {', '.join(known)}; choose by --pooling first or mean")
             return known[modes[0]]
     return "first"
 
@@ -168,7 +171,7 @@ def read_pooling(directory):
 # ---------------------------------------------------------------------------- files
 
 
-def find_checkpoint(name):
+def find_checkpoint(name, pooling="auto"):
     """The folder of a checkpoint: "tiny", a folder here, or else files of that name from the hub.
 
     In a sentence-transformers folder it is that of its first module. Files of the hub go through
@@ -185,13 +188,13 @@ def find_checkpoint(name):
         return folder
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise FileNotFoundError(f"{name}: no such folder; --model takes one with a checkpoint, or a hub name")
-    return download_checkpoint(str(name))
+    return download_checkpoint(str(name), pooling)
 
 
-def download_checkpoint(name):
+def download_checkpoint(name, pooling):
     """The cache folder with the files of `name` from the hub; one sentence where that fails."""
     # here, as a local run needs none of it
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     from huggingface_hub.utils import logging
 
@@ -202,9 +205,14 @@ def download_checkpoint(name):
         try:
             return Path(hf_hub_download(name, file))
         except EntryNotFoundError as error:
-            if file == str(POOLING_FILE):  # which most do not have
+            unknown = isinstance(error, LocalEntryNotFoundError) and (  # the hub cannot be reached
+                try_to_load_from_cache(name, file) is not _CACHED_NO_EXIST)
+            if file == str(POOLING_FILE):  # most have none
+                if unknown and pooling == "auto":
+                    raise FileNotFoundError(f"--model {name}: no {file} in the cache, and the hub does not "
+                                            "answer; choose by --pooling first or mean") from None
                 return None
-            if isinstance(error, LocalEntryNotFoundError):  # the hub cannot be reached, so who knows
+            if unknown:
                 raise
             raise FileNotFoundError(f"--model {name}: on the hub it has no {file}") from None
 

@@ -143,9 +143,9 @@ def check(parser, args):
 def fill_defaults(args):
     if args.method != "lp":
         # the learning rate belongs to the encoder first, to the task second
-        name = "tiny-distractors" if args.data == "tiny-distractors" else "tiny"
-        if args.data not in tiny.TASKS and args.model != "tiny":
-            name = args.data if args.data in CORPORA else "folder"
+        name = args.data if args.data in CORPORA else "folder"
+        if args.model == "tiny" or language_of(args.model) is not None:
+            name = "tiny-distractors" if args.data == "tiny-distractors" else "tiny"
         recipe = RECIPES[name]
         batch_size, lr = recipe[STAGES.index((args.method, args.lora))]
         args.epochs = args.epochs or 10
@@ -165,6 +165,15 @@ def fill_defaults(args):
         if isinstance(value, Path) or value not in names and Path(value).is_dir():
             setattr(args, name, type(value)(os.path.abspath(value)))
     return args
+
+
+def language_of(model):
+    """The language that a tiny encoder was made for; None for any other."""
+    path = Path(tiny.ENCODER if model == "tiny" else model) / "config.json"
+    try:
+        return read_json(path).get("language")
+    except (ValueError, OSError):  # loading it will say what is wrong
+        return None
 
 
 def configuration(args):
@@ -187,9 +196,8 @@ def check_task(args, task, tokenizer, config):
     if args.max_length > config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
                          f"{config.max_length} tokens at most; expected {config.max_length} or less")
-    path = Path(tiny.ENCODER if args.model == "tiny" else args.model) / "config.json"
-    made_for = read_json(path).get("language") if args.data in tiny.TASKS and path.is_file() else None
-    if made_for not in (None, args.language):
+    made_for = language_of(args.model)
+    if args.data in tiny.TASKS and made_for not in (None, args.language):
         raise ValueError(f"--language {args.language}: the encoder {args.model} was made for language "
                          f"{made_for}; python -m lab.pretrain --seed {args.language} makes one for --model")
     unknown, tokens = count_unknown(tokenizer, task.splits["train"], task.pairs)

@@ -347,7 +347,9 @@ def test_a_config_this_encoder_cannot_follow_is_refused(random_folder, tmp_path,
 @pytest.mark.parametrize("modes, expected", [
     ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "first"),
     ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
-    ({"pooling_mode_max_tokens": True}, "true is pooling_mode_max_tokens; expected pooling_mode_cls_token or"),
+    ({"embedding_dimension": 64, "pooling_mode": "mean", "include_prompt": True}, "mean"),
+    ({"pooling_mode": "cls"}, "first"), ({"pooling_mode": "max"}, "true is pooling_mode max; expected one of"),
+    ({"pooling_mode_max_tokens": True}, "true is pooling_mode_max_tokens; expected one of"),
     ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "cls_token and pooling_mode_mean_tokens;"),
     ({}, "true is no pooling_mode")])
 @pytest.mark.parametrize("inside", [False, True])

@@ -126,7 +126,7 @@ def written_logits(out, results, units, texts=300):
             np.savez(folder / "logits.npz", **saved)
 
 
-def test_on_real_data_texts_and_seeds_are_drawn_again_together(tmp_path, monkeypatch):
+def test_on_real_data_the_chance_of_texts_and_of_seeds_is_in_the_interval(tmp_path, monkeypatch):
     """All seeds share the test texts: Student's t over seeds would not see their chance."""
     monkeypatch.setattr(claims, "DRAWS", 300)
     results, plan = made_up(), PLAN | {"unit": "seed"}
@@ -143,10 +143,43 @@ def test_on_real_data_texts_and_seeds_are_drawn_again_together(tmp_path, monkeyp
     assert 0.7 * by_texts < score["upper"] - score["lower"] < 2.5 * by_texts
 
 
+def test_endpoints_are_those_that_the_paper_leads_with():
+    """One number a claim; each is pinned by its name, and by a split of its own."""
+    results = made_up()
+    for unit in PLAN["units"]:  # numbers out of distribution that would turn claims 2 and 7, and in it claim 3
+        results[f"LP-FT-{unit}"]["features"] = {s: {"diff": 3.0 if s == "test" else 9.0, "cs": 1.0, "fdr": 1.0} for s in SPLITS}
+        results[f"LP-FT-{unit}"]["calibration"] = {s: {"ece": 0.5 if s == "test" else 0.01, "ece_scaled": 0.0} for s in SPLITS}
+        results[f"LP-FT-{unit}"]["accuracy"] = {"test": 0.1, "web": 0.9, "news": 0.9}
+    primary = [claim["primary"] for claim in judged(results)]
+    assert [p["measure"] for p in primary] == [
+        "growth of ||V||: LP - FT", "Diff(F) in distribution: FT - LP-FT", "score out of distribution: LP-FT - FT",
+        "FT ratio: LP-FT - FT", "singular values of F, LoRA and FT: smaller / larger",
+        "fall of Diff(F) per factor 10 on FT's head, in distribution", "ECE in distribution: LP-FT - FT"]
+    assert {p["verdict"] for p in primary} == {"holds"}
+
+
+def test_the_score_of_cola_is_drawn_again_as_matthews_correlation():
+    """Draws of texts give the metric that tables have, not accuracy."""
+    part = claims.claims([1.0], "matthews")[2].parts[0]
+    labels = np.array([1] * 90 + [0] * 10)
+    logits = {"LP-FT": {"test": np.eye(2)[labels]}, "FT": {"test": np.eye(2)[np.ones(100, int)]}}  # always 1: 0
+    assert part.predictions(logits, {"test": labels}) == pytest.approx(1.0)
+
+
+def test_equal_numbers_are_a_tie_and_no_verdict():
+    results = made_up()
+    for unit in PLAN["units"]:
+        results[f"LP-FT-{unit}"]["accuracy"] = results[f"FT-{unit}"]["accuracy"]
+    primary = judged(results)[2]["primary"]
+    assert primary["verdict"] == "not measured" and primary["why"] == "every unit ties"
+
+
 @pytest.mark.slow
-def test_intervals_cover_what_they_say(monkeypatch):
-    """At a nominal 95 %: Student's t of 8 languages, and the bootstrap of 3 seeds by 400 shared texts."""
+@pytest.mark.parametrize("spread", [0.01, 0.15])
+def test_intervals_cover_what_they_say(monkeypatch, spread):
+    """At a nominal 95 %: Student's t of 8 languages, and 3 seeds by 400 shared texts, whichever varies more."""
     rng, inside = np.random.default_rng(0), []
+    monkeypatch.setattr(claims, "DRAWS", 200)
     for _ in range(2000):
         _, lower, upper, _ = claims.paired_t(list(rng.normal(0.3, 1, 8)))
         inside.append(lower <= 0.3 <= upper)
@@ -154,14 +187,14 @@ def test_intervals_cover_what_they_say(monkeypatch):
     part = claims.claims([1.0])[2].parts[0]  # the score in distribution, LP-FT - FT
     inside = []
     for _ in range(200):
-        hard, logits = {name: rng.random(400) for name in ("LP-FT", "FT")}, {}  # of each text, for all seeds
+        hard, logits, values = {name: rng.random(400) for name in ("LP-FT", "FT")}, {}, []  # of each text
         for seed in range(3):
-            guess = {name: np.where(hard[name] < share + rng.normal(0, 0.01), 0, 1)
-                     for name, share in (("LP-FT", 0.75), ("FT", 0.70))}
+            guess = {name: np.where(hard[name] < 0.5 + rng.uniform(-1, 1) * spread, 0, 1) for name in hard}
             logits[seed] = ({name: {"test": np.eye(2)[g]} for name, g in guess.items()}, {"test": np.zeros(400, int)})
-        _, lower, upper, _ = claims.bootstrap(part, logits, [0.0], draws=300)
-        inside.append(lower <= 0.05 <= upper)
-    assert 0.90 < np.mean(inside) <= 0.98
+            values.append(part.predictions(*logits[seed]))
+        _, lower, upper, _ = claims.bootstrap(part, logits, values)
+        inside.append(lower <= 0.0 <= upper)
+    assert 0.90 <= np.mean(inside)
 
 
 @pytest.mark.slow
@@ -170,7 +203,7 @@ def test_with_no_difference_all_seven_verdicts_are_right_in_95_percent():
     for _ in range(400):
         ps = [claims.paired_t(list(rng.normal(0, 1, 8)))[3] for _ in range(7)]
         wrong.append(any(claims.holm(ps)))
-    assert np.mean(wrong) <= 0.05 + 0.02
+    assert np.mean(wrong) <= 0.05
 
 
 def test_numbers_are_short():

@@ -7,7 +7,6 @@ import threading
 import zipfile
 
 import pytest
-import torch
 
 from data import download as download_file
 from data.download import SOURCES, Source, download
@@ -83,7 +82,7 @@ def test_a_file_that_is_there_is_not_touched(server, tmp_path):
 
 
 @pytest.mark.parametrize("content, excess, message", [
-    (make_archive()[:-30], 30, "not the archive"),  # the connection was cut
+    (make_archive()[:-30], 30, "got only"),  # the connection was cut
     (make_archive()[:-30], 0, "not the archive"),
     (b"<html>Sign in</html>", 0, "not the archive"),
     (make_archive(members=("DB/train.jsonl", "DB/val.jsonl")), 0, "not the archive"),
@@ -119,7 +118,7 @@ def test_an_interrupted_transfer_leaves_nothing(server, tmp_path, monkeypatch):
         def update(self, count):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.hub, "tqdm", Interrupted)
+    monkeypatch.setattr(download_file, "tqdm", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         download("cb", tmp_path, cb(base))
     assert not left(tmp_path)
@@ -131,7 +130,7 @@ def test_the_sha256_of_a_file_is_compared(server, tmp_path):
     files["/train"] = files["/test"] = (header + "1\t5\t6\tIt fell .\tIt dropped .\n").encode()
     urls, rows = {"train": f"{base}/train", "test": f"{base}/test"}, {"train": 1, "test": 1}
     right = hashlib.sha256(files["/test"]).hexdigest()
-    with pytest.raises(ValueError, match="SHA-256 .*expected .0000"):
+    with pytest.raises(ValueError, match="SHA-256 .* expected 0000"):
         download("mrpc", tmp_path, {"mrpc": Source(urls, rows, {"train": right, "test": "0" * 64})})
     assert not left(tmp_path)
     download("mrpc", tmp_path, {"mrpc": Source(urls, rows, {"train": right, "test": right})})

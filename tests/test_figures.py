@@ -95,14 +95,14 @@ def test_feature_change_has_standard_errors():
 
 
 def write_logits(out, logits, labels, units=(1,), **temperatures):
-    """The saved logits (N, C) of every method and unit; results, in which None is a T that was not fitted."""
+    """The saved logits (N, C) of every method and unit; results with T."""
     results = {}
     for name in METHODS:
         for unit in units:
             write_run(out, f"{name}-{unit}")
             np.savez(out / "runs" / f"{name}-{unit}" / "logits.npz", logits_test=logits, labels_test=labels)
             t = temperatures.get(name, 2.0)
-            results[f"{name}-{unit}"] = {"temperature": t or 1.0, "temperature_reason": None if t else "a reason"}
+            results[f"{name}-{unit}"] = {"temperature": t}  # None, as read_results has it, where none was fitted
     return results
 
 

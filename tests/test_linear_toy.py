@@ -1,4 +1,4 @@
-"""Theory in two dimensions: Kumar et al.'s linear network shows what the paper's Cor. 4.3 says."""
+"""The smallest model: Kumar et al.'s linear network shows what the paper's Cor. 4.3 says."""
 
 import numpy as np
 import pytest
@@ -37,9 +37,8 @@ def test_the_gradient_steps_are_those_of_autograd():
 def test_the_kernel_of_lora_concentrates_around_that_of_ft():
     """Prop. 4.4: divided by sigma^2 r, whatever sigma is, it nears F as 1 / sqrt(r), and on average it is F."""
     for sigma in (0.1, 3.0):
-        errors = [np.mean([linear_toy.lora_kernel_error(r, sigma, seed) for seed in range(20)]) for r in (8, 128, 2048)]
-        assert errors[0] / errors[1] == pytest.approx(4, rel=0.25) and errors[1] / errors[2] == pytest.approx(4, rel=0.25)
-        assert errors[2] < 0.1
+        errors = [np.mean([linear_toy.lora_kernel_error(r, sigma, seed) for seed in range(10)]) for r in (8, 128)]
+        assert errors[0] / errors[1] == pytest.approx(4, rel=0.25) and errors[1] < 0.3
 
 
 def test_the_figure_is_written(tmp_path, capsys):

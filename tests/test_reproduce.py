@@ -163,6 +163,21 @@ def test_learning_rates_are_chosen_on_validation_alone():
     assert rates == pytest.approx([default / 3, default, 3 * default], rel=0.04)
 
 
+def test_planted_test_and_ood_files_change_no_number_of_tuning(random_folder, tmp_path):
+    """With all labels of test and OOD turned round, a tuning run is the same to the last digit."""
+    said = []
+    for name, (good, bad) in (("right", ("yes", "no")), ("planted", ("no", "yes"))):
+        data = write_data(tmp_path / name)
+        for file in ("test", "ood_web"):
+            (data / f"{file}.tsv").write_text(f"text\tlabel\ngood\t{good}\nbad\t{bad}\n")
+        args = reproduce.parse_args(["--data", str(data), "--model", str(random_folder), "--epochs", "1"])
+        run, flags = next(item for item in reproduce.tuning_runs(args).items() if "tune-LP-FT=" in item[0])
+        assert train.main([*flags, "--out", str(tmp_path / f"{name}-run")]) == 0
+        said.append((run, (tmp_path / f"{name}-run" / "metrics.jsonl").read_text()))
+        assert json.loads((tmp_path / f"{name}-run" / "result.json").read_text())["accuracy"] == {}
+    assert said[0] == said[1]
+
+
 def test_a_rate_of_which_a_run_failed_is_no_choice():
     tuning = tuned({"1e-3": (0.5, 0.5), "3e-3": (0.9, 0.9)})
     planned = dict.fromkeys(tuning)
@@ -183,7 +198,7 @@ def test_every_language_has_an_encoder_of_its_own(tmp_path):
         flags = train.parse_args(reproduce.common_flags(args, "LP-FT", unit))
         assert (flags.language, flags.seed, flags.model) == (unit, unit, model)
     assert not reproduce.done(args, "encoder-2", made["encoder-2"])
-    (tmp_path / "encoders" / "2").mkdir(parents=True)
+    make_encoder(tmp_path / "encoders" / "2")
     assert reproduce.done(args, "encoder-2", made["encoder-2"])
 
 
@@ -236,6 +251,22 @@ def test_a_run_that_fails_names_its_log(tmp_path):
     (tmp_path / "runs").mkdir()
     failed = reproduce.run_all(args, {"bad": ["--lr", "-1"]}, "runs")
     assert failed["bad"] == f"--lr is -1.0; expected a number above 0 (all it said: {tmp_path}/runs/bad.log)"
+
+
+@pytest.mark.parametrize("words", [["--seed", "5"], ["--method=ft"], ["--lr", "1e-3"], ["--lora"], ["--languages", "0"]])
+def test_a_flag_that_every_run_has_of_its_own_is_refused(words, tmp_path, capsys):
+    """--seed for --seeds would make all units one and the same, without any chance."""
+    with pytest.raises(SystemExit) as ended:
+        reproduce.parse_args([*words, "--out", str(tmp_path / "x")])
+    assert ended.value.code == 2 and words[0].split("=")[0] in capsys.readouterr().err
+
+
+def test_a_single_rate_that_changed_is_not_the_old_one(made_up_runs, tmp_path, capsys):
+    """Without tuning, too, runs made at another rate are refused, not passed off as those of the new one."""
+    command = ["--languages", "2", "--scales", "1", "--out", str(tmp_path / "x")]
+    assert reproduce.main([*command, "--rates", "1"]) == 0
+    assert reproduce.main([*command, "--rates", "3"]) == 2
+    assert "was made with --lr" in capsys.readouterr().err
 
 
 def test_wrong_flags_end_before_the_first_run(tmp_path, capsys):
@@ -402,6 +433,12 @@ def test_an_interruption_ends_the_run_that_is_going_and_begins_no_other(tmp_path
 # ---------------------------------------------------------------------------- the whole command, its runs made up
 
 
+def make_encoder(folder):
+    """What lab.pretrain leaves, as far as lab.reproduce looks at it: the language is written last."""
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "config.json").write_text('{"language": 1}')
+
+
 @pytest.fixture
 def made_up_runs(monkeypatch):
     """run_one writes made-up results instead of training; ({name: flags} of what it was asked for, names that fail)."""
@@ -412,7 +449,7 @@ def made_up_runs(monkeypatch):
         if name in failing:
             return "the loss became infinite"
         if name.startswith("encoder-"):
-            return Path(flags[-1]).mkdir(parents=True)
+            return make_encoder(flags[-1])
         parsed, result = train.parse_args(flags), results.get(name, {})
         if name.startswith("tune"):  # the larger the rate the better
             result = {"metric": "accuracy", "accuracy": {}, "val_accuracy": parsed.lr}
@@ -468,7 +505,7 @@ def test_the_list_is_shell_lines_one_stage_after_the_other(made_up_runs, tmp_pat
     lines = listed()
     assert len(lines) == 3 and "-m lab.pretrain --seed 101" in lines[0]
     for unit in (101, 102, 1):
-        (tmp_path / "encoders" / str(unit)).mkdir(parents=True)
+        make_encoder(tmp_path / "encoders" / str(unit))
     assert len(listed()) == 24 and "--max-test 0" in listed()[-1]
     assert reproduce.main(command) == 0
     capsys.readouterr()

@@ -285,7 +285,7 @@ def test_resume_takes_the_flags_of_the_run_and_no_others(unfinished, tmp_path, c
     assert "expected no other flag" in refusal(["--resume", run, "--lr", "1"], capsys)
     assert "holds no config.json" in refusal(["--resume", tmp_path], capsys)
     config = json.loads((run / "config.json").read_text())
-    for changed, said in (({"lr": 1.0}, "with --lr 0.0003, now it is 1.0"), ({"lr": -1}, "--lr is -1"),
+    for changed, said in (({"lr": 1.0}, "with --lr 1e-05, now it is 1.0"), ({"lr": -1}, "--lr is -1"),
                           ({"depth": 3}, "'depth' is no flag"), ({"max_train": 100}, "with --max-train None, now it is 100")):
         (run / "config.json").write_text(json.dumps(config | changed))
         assert said in refusal(["--resume", run], capsys)
