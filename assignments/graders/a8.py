@@ -73,7 +73,8 @@ def norm_of(gradients):
 
 
 def together(gradients):
-    return [g / norm_of(gradients).clamp(min=1) for g in gradients]
+    norm = norm_of(gradients)
+    return [g / norm.clamp(min=1) for g in gradients]
 
 
 CLIPS = {NO_CLIP: lambda gradients: gradients,
@@ -146,7 +147,7 @@ def the_head_is_the_probes(student, rng):
 
 
 def history_of(rng, epochs=8):
-    """Dicts as fine_tune's; the best accuracy, the best correlation and the lowest loss are in other epochs."""
+    """Dicts as fine_tune's: accuracy, correlation and loss are best in three different epochs."""
     draws = torch.rand(3, epochs + 1, generator=rng, dtype=torch.double)
     first, second, third = (torch.randperm(epochs - 1, generator=rng)[:3] + 1).tolist()  # not the last
     draws[0, first], draws[1, second], draws[2, third] = 2.0, 2.0, -1.0
@@ -228,7 +229,7 @@ def a_step_for_each_batch_by_the_mean_gradient(student, rng):
 
 @points(2)
 def the_gradient_is_clipped_at_norm_1(student, rng):
-    "A gradient of norm G > 1, over all trained parameters together, is divided by G before the optimizer's step"
+    "A gradient of norm G > 1, over all trained parameters together, is divided by G before the step"
     model, split, batches = classifier(rng, steep=True), texts(rng), deal(rng)
     compare(student, model, split, batches,
             clipped(model, split, batches, [NO_CLIP, CLIP_EACH, CLIP_VALUES], rate=1e-3), rate=1e-3)
@@ -260,8 +261,8 @@ def dropout_is_on(student, rng):
 
 @points(1)
 def loss_and_accuracy_are_means_over_samples(student, rng):
-    """loss = 1/N sum_i cross_entropy_i, accuracy = 1/N sum_i [largest logit of i is its label's], both in train
-    mode, as they were before the step of i's batch"""
+    """loss = 1/N sum_i cross_entropy_i, accuracy = 1/N sum_i [largest logit of i is its label's], both in
+    train mode, as they were before the step of i's batch"""
     for rate in (1e-3, 0.1, 0.3):
         model, split, batches = classifier(rng, steep=True), texts(rng), deal(rng)
         moved, *expected = by_hand(model, split, batches, rates_of(rate))
