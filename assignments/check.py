@@ -65,18 +65,18 @@ def constant(source, name, body):
 
 
 def problems_of(task, most=None):
-    """What is wrong with the tests: a list of sentences. At most `most` right and wrong ones are tried."""
+    """What is wrong with the tests: a list of sentences; with `most`, a quick look."""
     variants, found, source = importlib.import_module(f"assignments.variants.{task}"), [], pristine(task)
 
     def demand(right, sentence):
         if not right:
             found.append(f"{task}: {sentence}")
 
-    for seed in (0, 7):
+    for seed in (0,) if most else (0, 7):
         results = results_of(task, {}, seed)
         demand(earned(results) == total(task), f"the project loses points with seed {seed}: "
                + "; ".join(r["message"] for r in results if r["message"]))
-    for other in TASKS:
+    for other in (task,) if most else TASKS:
         if TASKS[other].file == TASKS[task].file:
             cut = {name: emptied(source, name, task) for name in TASKS[task].functions}
             with seconds(60):

@@ -25,7 +25,7 @@ def open_a4(tmp_path_factory):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_project_scores_all_the_cut_nothing_and_wrong_solutions_are_named(task):
-    assert check.problems_of(task, most=2) == []
+    assert check.problems_of(task, most=1) == []
 
 
 @pytest.mark.slow
@@ -84,13 +84,13 @@ def test_calling_the_fast_engine_is_not_the_definition():
 
 
 def test_a_solution_that_never_ends_still_gets_a_result(open_a4, tmp_path, monkeypatch):
-    monkeypatch.setattr(grading, "SECONDS", 8)
+    monkeypatch.setattr(grading, "SECONDS", 4)
     folder = tmp_path / "slow"
     folder.mkdir()
     source = (open_a4 / "lpft.py").read_text()
     (folder / "lpft.py").write_text(source.replace("    raise NotImplementedError(", "    while True:\n        pass\n    raise ("))
     results = grading.grade("a4", folder)
-    assert len(results) == len(grading.tests_of("a4")) and all("not finished after 8 seconds" in r["message"] for r in results)
+    assert len(results) == len(grading.tests_of("a4")) and all("not finished after 4 seconds" in r["message"] for r in results)
 
 
 def test_the_cut_folder_stands_alone(open_a4):
