@@ -31,7 +31,7 @@ class Failed(Exception):
 
 def exit_status(program, work, go_on=lambda: ""):
     """Call work(). 0, or one line on standard error and 2 for bad input; 1 for a full disk or memory, for a
-    solver that did not converge and for Failed; 130 for an interruption, with go_on() behind that line.
+    solver that did not converge, an open assignment and Failed; 130 for an interruption, with go_on() behind.
     """
     try:
         work()
@@ -39,7 +39,7 @@ def exit_status(program, work, go_on=lambda: ""):
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted{go_on()}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ArithmeticError, MemoryError, Failed) as error:
+    except (ValueError, OSError, ArithmeticError, MemoryError, NotImplementedError, Failed) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         broken = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EPIPE  # disk, pipe
         bad_input = isinstance(error, (ValueError, OSError)) and getattr(error, "errno", None) not in broken

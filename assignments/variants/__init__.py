@@ -1,0 +1,1 @@
+"""Right and wrong solutions of each task, for `check`: {name: {function: text}}; EQUIVALENT mutants with reasons."""

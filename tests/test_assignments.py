@@ -1,0 +1,120 @@
+"""The course: its tests know right from wrong, its cuts are clean, and every hand-in gets an answer."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from assignments import __main__ as command
+from assignments import check, grading
+from assignments.tasks import ROOT, TASKS, splice
+
+
+@pytest.fixture(scope="module")
+def open_a4(tmp_path_factory):
+    """A student's folder in which a4 is open."""
+    folder = tmp_path_factory.mktemp("course") / "mine"
+    assert command.main(["cut", "a4", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_project_scores_all_the_cut_nothing_and_wrong_solutions_are_named(task):
+    assert check.problems_of(task, most=1) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_every_wrong_solution_and_95_percent_of_mutants_are_caught(task):
+    assert check.problems_of(task) == []
+    count, alive = check.survivors_of(task)
+    assert len(alive) <= 0.05 * count, alive
+
+
+def test_an_open_task_earns_nothing_and_says_where_to_read(open_a4, capsys):
+    assert command.main(["grade", "a4", str(open_a4)]) == 1
+    said = capsys.readouterr().out
+    assert "a4    0 of" in said and "not written yet: a4: fit_temperature is open; see assignments/a4.md" in said
+
+
+def test_a_solved_task_earns_all_and_other_files_do_not_count(open_a4, tmp_path, capsys):
+    """From the student's file come the functions of the task alone; whatever else is changed, is ignored."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    source = (ROOT / "lpft.py").read_text() + "\nraise SystemExit('this is not run')\n"
+    (theirs / "lpft.py").write_text(source)
+    (theirs / "model.py").write_text("nonsense(")
+    table, results, junit = (tmp_path / name for name in ("points.csv", "results.json", "junit.xml"))
+    assert command.main(["grade", "a4", str(theirs), "--seed", "7", "--gradescope", str(results), "--junit", str(junit)]) == 0
+    assert "Then " in capsys.readouterr().out
+    found = json.loads(results.read_text())
+    assert found["score"] == sum(test["max_score"] for test in found["tests"]) > 0
+    assert {test["status"] for test in found["tests"]} == {"passed"}
+    suite, = ElementTree.parse(junit).getroot()
+    assert suite.get("failures") == "0" and int(suite.get("tests")) == len(found["tests"])
+    assert command.main(["grade", "a4", str(theirs), str(open_a4), "--csv", str(table)]) == 1
+    rows = [*csv.DictReader(table.open())]
+    assert [int(row["total"]) for row in rows] == [found["score"], 0]
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("    unit = logits / scale\n", "    import sklearn\n    unit = logits / scale\n", "imports sklearn; allowed:"),
+    ("    unit = logits / scale\n", "    unit = open('x')\n", "uses open, which no solution needs"),
+    ("    unit = logits / scale\n", "    try:\n        unit = logits\n    except ValueError:\n        pass\n", "errors are not to be hidden"),
+    ("def fit_temperature(", "def fit_temperatur(", "no function fit_temperature"),
+    ("def fit_temperature(", "def fit_temperature((", "is no Python: line"),
+])
+def test_what_cannot_be_graded_is_named(old, new, said):
+    source = (ROOT / "lpft.py").read_text()
+    assert old in source
+    spliced, wrong = splice("a4", source.replace(old, new))
+    assert spliced is None and said in wrong
+
+
+def test_calling_the_fast_engine_is_not_the_definition():
+    source = (ROOT / "ntk.py").read_text()
+    start = source.index("    trained = {name: p.detach() for name, p in model.named_parameters()")
+    cheat = source[:start] + "    return empirical_ntk(model, train_batches, test_batches)\n" + source[start:]
+    assert "this is the project's fast engine" in splice("a6", cheat)[1]
+
+
+def test_a_solution_that_never_ends_still_gets_a_result(open_a4, tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "SECONDS", 4)
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    source = (open_a4 / "lpft.py").read_text()
+    (folder / "lpft.py").write_text(source.replace("    raise NotImplementedError(", "    while True:\n        pass\n    raise ("))
+    results = grading.grade("a4", folder)
+    assert len(results) == len(grading.tests_of("a4")) and all("not finished after 4 seconds" in r["message"] for r in results)
+
+
+def test_the_cut_folder_stands_alone(open_a4):
+    """No history, no solutions; train.py says which task is open, and works once it is solved."""
+    assert not any((open_a4 / name).exists() for name in (".git", "lab", "tests", "assignments/variants"))
+    run = [sys.executable, "train.py", "--method", "lp", "--out", "run"]
+    done = subprocess.run(run, cwd=open_a4, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("train.py: error: a4: fit_temperature is open")
+    solved = open_a4.with_name("solved")
+    shutil.copytree(open_a4, solved)
+    shutil.copy(ROOT / "lpft.py", solved)
+    done = subprocess.run([*run[:-1], "other"], cwd=solved, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_gradescope_folder_has_what_the_harness_calls(tmp_path):
+    assert command.main(["gradescope", "a4", "--out", str(tmp_path / "box")]) == 0
+    run = (tmp_path / "box" / "run_autograder").read_text()
+    assert "grade a4 /autograder/submission" in run and "/autograder/results/results.json" in run
+    assert (tmp_path / "box" / "lpft" / "assignments" / "graders" / "a4.py").is_file()
+
+
+def test_each_sheet_says_what_to_do_and_where_to_look_next():
+    for task in TASKS:
+        text = Path(ROOT / "assignments" / f"{task}.md").read_text(encoding="utf-8")
+        assert f"python -m assignments grade {task}" in text and "\nThen " in text and text.startswith(f"# {task} ")
+        assert all(name.split(".")[-1] in text for name in TASKS[task].functions)
