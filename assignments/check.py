@@ -94,8 +94,8 @@ def problems_of(task, most=None):
         demand(any(name in r["message"] for r in results), f"the wrong solution '{name}' is not named: "
                + "; ".join(r["message"] for r in results if r["message"])[:300])
     hiding = "try:\n            return 1.0\n        except:\n            pass"
-    for what, body in (("empty", "pass"), ("None", "return None"), ("zero", "return 0.0"),
-                       ("one", "return 1.0"), ("hides errors", hiding)):
+    for what, body in (("empty", "pass"), ("hides errors", hiding), ("None", "return None"),
+                       ("zero", "return 0.0"), ("one", "return 1.0"))[:2 if most else None]:
         functions = {name: constant(source, name, body) for name in TASKS[task].functions}
         points = earned(results_of(task, functions))
         demand(points == 0, f"a solution that is '{what}' earns {points}")
