@@ -502,9 +502,10 @@ def feature_jacobian(model, batches):
     return torch.cat([J.flatten(2) for J in torch.func.jacrev(features)(parameters).values()], 2)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_eq_2_one_step_moves_features_as_the_kernel_predicts(model, lora):
+@pytest.mark.parametrize("lora, pooling", [(False, "first"), (True, "first"), (False, "mean")])
+def test_eq_2_one_step_moves_features_as_the_kernel_predicts(model, lora, pooling):
     """phi(x) moves by lr * sum_i Theta_phi(x, x_i) V^T delta_i; what is left falls with lr squared."""
+    model.encoder.config = replace(model.encoder.config, pooling=pooling)
     if lora:
         add_lora(model.encoder)
         randomise_lora(model)
