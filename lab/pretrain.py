@@ -11,7 +11,6 @@ thousand steps, so a gate checks at the end that a linear probe can read it.
 Shapes: N documents, L tokens.
 """
 
-import json
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from data import encode, evaluation_batches, tiny
 from lpft import accuracy, fit_linear_probe, predict, set_head
 from model import Classifier, Encoder, EncoderConfig, SelfAttention, init_weights
 from plumbing.checkpoint import save_pretrained
-from plumbing.files import read_json, write_text
+from plumbing.files import read_json, write_json
 from plumbing.flags import Failed, Parser, exit_status
 
 
@@ -167,9 +166,10 @@ def main(argv=None):
         settings, tokenizer = Settings(seed=args.seed), tiny.make_tokenizer()
         encoder = pretrain(settings)
         check_polarity(encoder, tokenizer, settings)
-        save_pretrained(out, encoder, tokenizer)
-        config = read_json(out / "config.json") | {"language": settings.seed}  # train.py compares
-        write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+        part = out.with_name(f"{out.name}.part")  # so that --out is whole or absent
+        save_pretrained(part, encoder, tokenizer)
+        write_json(part / "config.json", read_json(part / "config.json") | {"language": args.seed})
+        part.rename(out)
         print(f"the encoder is in {out}; use it with: python train.py --model {out}")
 
     return exit_status("lab.pretrain", work, lambda: "; nothing was written")

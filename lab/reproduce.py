@@ -20,10 +20,8 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from pathlib import Path
-from threading import Event
 
 import plumbing  # noqa: F401  before torch
 import torch
@@ -66,12 +64,12 @@ def parse_args(argv=None):
     if own:
         parser.error(f"{min(own)} has no effect: every run has its own; expected flags like --max-train")
     embedded = args.data in tiny.TASKS
-    args.unit, other = ("language", "seeds") if embedded else ("seed", "languages")
+    args.unit, count, usual, other = (("language", args.languages, 8, "seeds") if embedded else
+                                      ("seed", args.seeds, 3, "languages"))
     if getattr(args, other) is not None:
         parser.error(f"--{other} has no effect: the units of --data {args.data} are {args.unit}s")
     if embedded and args.model != "tiny":
         parser.error("--model has no effect: every language of an embedded task has an encoder of its own")
-    count, usual = (args.languages, 8) if embedded else (args.seeds, 3)
     args.units = [*range(usual if count is None else count)]
     for flag, value, least, most in ((f"--{args.unit}s", len(args.units), 2, 100),
                                      ("--jobs", args.jobs, 1, 1000), ("--ntk", args.ntk, 0, 250)):
@@ -138,77 +136,52 @@ def encoders(args):
             for unit in units if unit}
 
 
-def done(args, name, flags):
-    if name.startswith("encoder-"):  # its language is what is written last
-        path = Path(flags[-1]) / "config.json"
-        return path.is_file() and "language" in read_json(path)
-    return (args.out / "runs" / name / "result.json").exists()
-
-
-def command_of(args, name, flags):
-    """The words of the command, from the beginning or going on."""
-    if name.startswith("encoder-"):
-        return [sys.executable, "-m", "lab.pretrain", *flags]
-    folder = args.out / "runs" / name
-    how = ["--resume", str(folder)] if (folder / "config.json").is_file() else [*flags, "--out", str(folder)]
-    return [sys.executable, str(ROOT / "train.py"), *how]
+def leaves(args, name, flags):
+    """The file that is there once the command has come to its end."""
+    return Path(flags[-1], "config.json") if name.startswith("encoder-") else args.out / "runs" / name / "result.json"
 
 
 def shell_line(args, name, flags):
-    """The same for any shell, later and elsewhere: it goes on with what is begun, and leaves what is done."""
+    """For any shell, now or later, here or elsewhere: it does what is not done, and goes on with what is begun."""
+    done = f"test -e {shlex.quote(str(leaves(args, name, flags)))}"
     if name.startswith("encoder-"):
-        return f"test -e {shlex.quote(flags[-1])} || {shlex.join(command_of(args, name, flags))}"
-    folder = str(args.out / "runs" / name)
+        python = shlex.join([f"PYTHONPATH={ROOT}", sys.executable, "-m", "lab.pretrain", *flags])
+        return f"{done} || env {python}"
+    folder = args.out / "runs" / name
     begin, go_on = (shlex.join([sys.executable, str(ROOT / "train.py"), *words])
-                    for words in ([*flags, "--out", folder], ["--resume", folder]))
-    done, begun = (f"test -e {shlex.quote(f'{folder}/{file}')}" for file in ("result.json", "config.json"))
+                    for words in ([*flags, "--out", str(folder)], ["--resume", str(folder)]))
+    begun = f"test -e {shlex.quote(str(folder / 'config.json'))}"
     return f"export OMP_NUM_THREADS=1; {done} || if {begun}; then {go_on}; else {begin}; fi"
 
 
 def run_all(args, commands, title, jobs=None):
     """Run what is not done, `--jobs` at a time; returns {name: why} of those that failed."""
-    todo = [name for name in commands if not done(args, name, commands[name])]
-    processes, stopping, failed = set(), Event(), {}
-    with ThreadPoolExecutor(jobs or args.jobs) as pool, tqdm(
-            total=len(commands), initial=len(commands) - len(todo), desc=title, unit="run") as bar:
+    waiting = [name for name in commands if not leaves(args, name, commands[name]).exists()]
+    going, failed = {}, {}
+    with tqdm(total=len(commands), initial=len(commands) - len(waiting), desc=title, unit="run") as bar:
         try:
-            futures = {pool.submit(run_one, args, name, commands[name], processes, stopping): name
-                       for name in todo}
-            for future in as_completed(futures):
-                bar.update()
-                if why := future.result():
-                    failed[futures[future]] = why
-                    tqdm.write(f"{futures[future]} failed: {why}")
+            while waiting or going:
+                while waiting and len(going) < (jobs or args.jobs):
+                    name = waiting.pop(0)
+                    going[name] = start(args, name, commands[name])
+                time.sleep(0.02)
+                for name in [name for name, process in going.items() if process.poll() is not None]:
+                    if status := going.pop(name).returncode:
+                        log = args.out / "runs" / f"{name}.log"
+                        failed[name] = f"{last_error(log) or f'status {status}'} (all it said: {log})"
+                        tqdm.write(f"{name} failed: {failed[name]}")
+                    bar.update()
         finally:
-            stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(processes):  # train.py stops; its last whole epoch is saved
-                process.terminate()
+            for process in going.values():  # train.py stops; its last whole epoch is saved
+                os.killpg(process.pid, signal.SIGTERM)
     return failed
 
 
-def run_one(args, name, flags, processes, stopping):
-    """Run one command; returns why it failed, or None."""
-    folder, log = args.out / "runs" / name, args.out / "runs" / f"{name}.log"
-    while folder.is_dir() and not stopping.is_set():  # wait for what outlived a killed lab.reproduce
-        try:
-            lock_folder(folder).release()
-            break
-        except ValueError:
-            time.sleep(0.5)
-    if stopping.is_set():
-        return "interrupted"
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    threads = {"PYTHONPATH": paths} | ({} if name.startswith("encoder-") else {"OMP_NUM_THREADS": "1"})
-    with open(log, "wb") as said:
-        process = subprocess.Popen(command_of(args, name, flags), stdout=said, stderr=subprocess.STDOUT,
-                                   env=os.environ | threads)
-        processes.add(process)
-        if stopping.is_set():  # between the two lines above
-            process.terminate()
-        status = process.wait()
-        processes.discard(process)
-    return f"{last_error(log) or f'status {status}'} (all it said: {log})" if status else None
+def start(args, name, flags):
+    """The shell line as a process group, so that a signal reaches the shell and what it runs."""
+    with open(args.out / "runs" / f"{name}.log", "wb") as log:
+        return subprocess.Popen(["sh", "-c", shell_line(args, name, flags)], stdout=log,
+                                stderr=subprocess.STDOUT, start_new_session=True)
 
 
 # ---------------------------------------------------------------------------- the command
@@ -269,7 +242,7 @@ def reproduce(args, command):
     lock, failed = lock_folder(args.out), {}
     try:
         for title, commands, jobs in stages(args, command):
-            left = [shell_line(args, *item) for item in commands.items() if not done(args, *item)]
+            left = [shell_line(args, *item) for item in commands.items() if not leaves(args, *item).exists()]
             if args.list and left:
                 return print("\n".join(left))
             failed |= {} if args.list else run_all(args, commands, title, jobs)

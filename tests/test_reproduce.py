@@ -7,7 +7,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -197,9 +196,9 @@ def test_every_language_has_an_encoder_of_its_own(tmp_path):
     for unit, model in ((0, "tiny"), (2, str(tmp_path / "encoders" / "2"))):
         flags = train.parse_args(reproduce.common_flags(args, "LP-FT", unit))
         assert (flags.language, flags.seed, flags.model) == (unit, unit, model)
-    assert not reproduce.done(args, "encoder-2", made["encoder-2"])
+    assert not reproduce.leaves(args, "encoder-2", made["encoder-2"]).exists()
     make_encoder(tmp_path / "encoders" / "2")
-    assert reproduce.done(args, "encoder-2", made["encoder-2"])
+    assert reproduce.leaves(args, "encoder-2", made["encoder-2"]).exists()
 
 
 def test_without_the_packages_of_the_lab_one_line_says_how_to_get_them(tmp_path):
@@ -350,48 +349,21 @@ def test_two_commands_do_not_write_to_one_folder(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2 and "holds no plan.json" in capsys.readouterr().err
 
 
+def stand_in(name, code):
+    """A shell function in front of a line of the list: `code` for every call of python."""
+    return f"python() {{ {code}; }}; {name.replace(sys.executable, 'python')}"
+
+
 def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch):
-    commands, threads = [], []
-
-    class Process:
-        def __init__(self, command, **more):
-            commands.append([str(word) for word in command[2:]])
-            threads.append(more["env"]["OMP_NUM_THREADS"])
-
-        def wait(self):
-            return 1
-
-    monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
-    args, run = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one"
-    (tmp_path / "runs").mkdir()
-    for _ in range(2):
-        assert reproduce.run_all(args, {"one": ["--seed", "1"]}, "x")["one"].startswith("status 1 (all it said: ")
-        run.mkdir(exist_ok=True)
-        (run / "config.json").write_text("{}")
-    assert commands == [["--seed", "1", "--out", str(run)], ["--resume", str(run)]]
-    assert threads == ["1", "1"]
-
-
-def test_a_run_that_outlived_its_parent_is_waited_for(tmp_path, monkeypatch):
-    """lab.reproduce was killed, train.py was not: when it has ended, its folder is gone on with."""
+    """A line of the list begins the run, goes on with one that is begun, and leaves one that is done; one thread."""
     args, run = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one"
     run.mkdir(parents=True)
-    code = (f"from plumbing import run_folder; import time; lock = run_folder.lock_folder({str(run)!r}); "
-            "print(flush=True); time.sleep(1)")
-    orphan = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
-    orphan.stdout.readline()
-    states = []
-
-    class Process:
-        def __init__(self, command, **more):
-            states.append(orphan.wait(20))  # once it is gone
-
-        def wait(self):
-            return 1
-
-    monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
-    assert "one" in reproduce.run_all(args, {"one": ["--seed", "1"]}, "runs") and states == [0]
-    orphan.stdout.close()
+    monkeypatch.setattr(reproduce, "ROOT", Path("/x"))
+    line = stand_in(reproduce.shell_line(args, "one", ["--seed", "1"]), 'echo "$OMP_NUM_THREADS $*"')
+    for file, said in (("lock", f"1 /x/train.py --seed 1 --out {run}\n"), ("config.json", f"1 /x/train.py --resume {run}\n"),
+                       ("result.json", "")):
+        (run / file).write_text("{}")
+        assert subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout == said
 
 
 def test_the_last_error_of_a_log(tmp_path):
@@ -402,32 +374,26 @@ def test_the_last_error_of_a_log(tmp_path):
 
 
 def test_an_interruption_ends_the_run_that_is_going_and_begins_no_other(tmp_path, monkeypatch):
-    begun, ended = [], []
-
-    class Process:
-        def __init__(self, command, **more):
-            self.told = threading.Event()
-            begun.append(self)
-
-        def wait(self):
-            return 0 if self.told.wait(20) is None else 130
-
-        def terminate(self):
-            ended.append(self)
-            self.told.set()
-
-    def ctrl_c(futures):
-        while not begun:
-            time.sleep(0.01)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(reproduce.subprocess, "Popen", Process)
-    monkeypatch.setattr(reproduce, "as_completed", ctrl_c)
+    """The signal reaches the shell and what it runs."""
     (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(reproduce, "shell_line", lambda args, name, flags: f"echo begun; sleep 60 & echo $! > {tmp_path}/{name}; wait")
+    begun = []
+
+    def ctrl_c(seconds):
+        if (tmp_path / "one").is_file() and (tmp_path / "one").read_text():
+            begun.append(int((tmp_path / "one").read_text()))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce.time, "sleep", ctrl_c)
     args = reproduce.parse_args(["--jobs", "1", "--out", str(tmp_path)])
     with pytest.raises(KeyboardInterrupt):
         reproduce.run_all(args, {"one": [], "two": [], "three": []}, "runs")
-    assert len(begun) == 1 and set(begun) == set(ended)
+    monkeypatch.undo()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{begun[0]}").exists() and "Z" not in Path(f"/proc/{begun[0]}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not (tmp_path / "two").exists()
 
 
 # ---------------------------------------------------------------------------- the whole command, its runs made up
@@ -441,15 +407,17 @@ def make_encoder(folder):
 
 @pytest.fixture
 def made_up_runs(monkeypatch):
-    """run_one writes made-up results instead of training; ({name: flags} of what it was asked for, names that fail)."""
+    """start writes made-up results instead of training; ({name: flags} of what it was asked for, names that fail)."""
     asked, results, failing = {}, made_up(units=range(3)), set()
 
-    def run_one(args, name, flags, processes, stopping):
+    def start(args, name, flags):
         asked[name] = flags
         if name in failing:
-            return "the loss became infinite"
+            (args.out / "runs" / f"{name}.log").write_text("train.py: error: the loss became infinite\n")
+            return subprocess.Popen(["false"])
         if name.startswith("encoder-"):
-            return make_encoder(flags[-1])
+            make_encoder(flags[-1])
+            return subprocess.Popen(["true"])
         parsed, result = train.parse_args(flags), results.get(name, {})
         if name.startswith("tune"):  # the larger the rate the better
             result = {"metric": "accuracy", "accuracy": {}, "val_accuracy": parsed.lr}
@@ -458,8 +426,10 @@ def made_up_runs(monkeypatch):
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(result))
         (folder / "config.json").write_text(json.dumps(configuration(parsed)))
+        return subprocess.Popen(["true"])
 
-    monkeypatch.setattr(reproduce, "run_one", run_one)
+    monkeypatch.setattr(reproduce, "start", start)
+    monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(reproduce, "check_data", lambda args: None)
     monkeypatch.setattr(figures, "make_all", lambda *some: ({}, []))
     return asked, failing
@@ -532,7 +502,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(made_up_runs, tmp_path, 
     assert f"{tuned[-1]} failed: the loss became infinite" in said.out
     assert said.err.splitlines()[-1].startswith("lab.reproduce: error: 2 runs failed")
     text = (tmp_path / "x" / "report.md").read_text()
-    assert "Not finished, so left out: LoRA-2 (not finished)." in text and "a run failed" in text
+    assert "Not finished, so left out: LoRA-2 (the loss became infinite)." in text and "a run failed" in text
     assert train.parse_args(asked["FT-1"]).lr == pytest.approx(train.parse_args(["--method", "ft"]).lr)
     assert json.loads((tmp_path / "x" / "tables.json").read_text())["units"] == [0, 1]
     failing.clear()
@@ -568,16 +538,16 @@ def test_the_map_has_a_point_for_each_rate_method_and_language(made_up_runs, tmp
     asked, failing = made_up_runs
     command = ["--languages", "2", "--tasks", "tiny", "--out", str(tmp_path / "map")]
     failing.add("tiny.FT=0.001-1")
-    results, one = made_up(units=range(2)), reproduce.run_one
+    results, one = made_up(units=range(2)), reproduce.start
 
-    def run_one(args, name, flags, processes, stopping):
-        why = one(args, name, flags, processes, stopping)
-        if not why and not name.startswith("encoder-"):
+    def start(args, name, flags):
+        process = one(args, name, flags)
+        if name not in failing and not name.startswith("encoder-"):
             method, unit = name.split(".", 1)[1].split("=")[0], name.rsplit("-", 1)[1]
             (args.out / "runs" / name / "result.json").write_text(json.dumps(results[f"{method}-{unit}"]))
-        return why
+        return process
 
-    reproduce.run_one = run_one
+    reproduce.start = start
     assert lab_map.main(command) == 1
     found = json.loads((tmp_path / "map" / "map.json").read_text())["tasks"]["tiny"]
     assert found["FT"]["rates"] == [1e-4, 3e-4, 3e-3] and found["LP-FT"]["rates"] == [1e-4, 3e-4, 1e-3, 3e-3]
