@@ -13,7 +13,7 @@ without verdict.
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 from zipfile import BadZipFile
 
@@ -38,7 +38,7 @@ class Part:
     measure: str
     of: Callable  # Unit -> number
     bound: float = 0.0
-    predictions: Callable | None = None  # {method: {split: logits}}, {split: labels} -> the same number
+    predictions: Callable | None = None  # {method: {split: logits}}, {split: labels}, metric -> it, too
 
 
 @dataclass
@@ -50,130 +50,126 @@ class Claim:
 
 
 class Unit:
-    """The results of one unit by run name."""
+    """The results of one unit by run name; a number that it does not have raises NotMeasured."""
 
     def __init__(self, results, unit):
-        self.results, self.unit = results, unit
+        self.results, self.unit, self.metric = results, unit, results[f"LP-{unit}"]["metric"]
 
     def number(self, name, *keys):
-        """The number, or array of numbers, under `keys` in the result of a run; NotMeasured without it."""
+        """The number, or array of numbers, under `keys` in the result of a run."""
         found = look_up(self.results.get(f"{name}-{self.unit}"), *keys)
         if found is None:
             raise NotMeasured(f"no {'.'.join(keys)} in {name}-{self.unit}")
         return found
 
-    def splits(self, ood):
-        metric = self.results[f"LP-{self.unit}"]["metric"]
-        found = [split for split in self.results[f"LP-{self.unit}"][metric] if (split == "test") != ood]
-        if not found:
-            raise NotMeasured("there is no OOD split" if ood else "there is no test split")
-        return found
-
     def mean(self, name, group, *keys, ood=False):
         """The mean over the test split, or over the OOD splits."""
-        group = self.results[f"LP-{self.unit}"]["metric"] if group == "score" else group
-        return statistics.mean(self.number(name, group, split, *keys) for split in self.splits(ood))
+        group = self.metric if group == "score" else group
+        splits = [split for split in self.results[f"LP-{self.unit}"][self.metric] if (split == "test") != ood]
+        if not splits:
+            raise NotMeasured("there is no OOD split" if ood else "there is no test split")
+        return statistics.mean(self.number(name, group, split, *keys) for split in splits)
 
+    def growth(self, name):
+        return self.number(name, "head_norm") - self.number(name, "head_norm_initial")
 
-def claims(factors, metric="accuracy"):
-    """The seven; `factors` on the starting head of which there are runs, `metric` of the score."""
-    places = (("in distribution", False), ("out of distribution", True))
+    def rank_gain(self, name):
+        if self.number(name, "ntk", "P", "rank") == len(self.number(name, "ntk", "P", "singular_values")):
+            raise NotMeasured("P has full rank, which F cannot exceed")
+        return self.number(name, "ntk", "F", "rank") - self.number(name, "ntk", "P", "rank")
 
-    def difference(one, other, *keys, ood=None):  # of a number, or of a mean over splits
-        if ood is None:
-            return lambda of: of.number(one, *keys) - of.number(other, *keys)
-        return lambda of: of.mean(one, *keys, ood=ood) - of.mean(other, *keys, ood=ood)
+    def regression_gain(self, name):
+        return self.number(name, "ntk", "F", "test_accuracy") - self.number(name, "ntk", "P", "test_accuracy")
 
-    def features(label, key, one, other, places):
-        return [Part(f"{label} {place}: {one} - {other}", difference(one, other, "features", key, ood=ood))
-                for place, ood in places]
+    def spectra(self, one, other):
+        """Geometric mean of the smaller over the larger singular value of F, over those that both have."""
+        a, b = (self.number(name, "ntk", "F", "singular_values") for name in (one, other))
+        count = int(min(self.number(name, "ntk", "F", "rank") for name in (one, other)))
+        if not count:
+            raise NotMeasured("F is zero")
+        return float(np.exp(-np.abs(np.log(a[:count] / b[:count])).mean()))
 
-    def growth(of, name):
-        return of.number(name, "head_norm") - of.number(name, "head_norm_initial")
+    def fall(self, name, ood):
+        """How much Diff(F) falls per factor of ten on the starting head, by least squares."""
+        factors = scales_of(self.results)
+        if len(factors) < 2:
+            raise NotMeasured("there are no runs from scaled heads")
+        diffs = [self.mean(scaled(name, factor), "features", "diff", ood=ood) for factor in factors]
+        return -float(np.polyfit(np.log10(factors), diffs, 1)[0])
 
-    def rank(name):
-        def measure(of):
-            if of.number(name, "ntk", "P", "rank") == len(of.number(name, "ntk", "P", "singular_values")):
-                raise NotMeasured("P has full rank, which F cannot exceed")
-            return of.number(name, "ntk", "F", "rank") - of.number(name, "ntk", "P", "rank")
-        return measure
-
-    def spectrum(one, other):
-        def measure(of):
-            a, b = (of.number(name, "ntk", "F", "singular_values") for name in (one, other))
-            count = int(min(of.number(name, "ntk", "F", "rank") for name in (one, other)))
-            if not count:
-                raise NotMeasured("F is zero")
-            return float(np.exp(-np.abs(np.log(a[:count] / b[:count])).mean()))
-        return measure
-
-    def fall(name, ood):  # per factor of ten, by least squares
-        def measure(of):
-            if len(factors) < 2:
-                raise NotMeasured("there are no runs from scaled heads")
-            diffs = [of.mean(scaled(name, factor), "features", "diff", ood=ood) for factor in factors]
-            return -float(np.polyfit(np.log10(factors), diffs, 1)[0])
-        return measure
-
-    def gain(of, name, ood):  # what temperature scaling takes off the ECE
-        if reason := of.results.get(f"{name}-{of.unit}", {}).get("temperature_reason"):
-            raise NotMeasured(f"T of {name}-{of.unit} is 1: {reason}")
-        before, after = (of.mean(name, "calibration", key, ood=ood) for key in ("ece", "ece_scaled"))
+    def gain(self, name, ood):
+        """What temperature scaling takes off the ECE."""
+        if reason := self.results.get(f"{name}-{self.unit}", {}).get("temperature_reason"):
+            raise NotMeasured(f"T of {name}-{self.unit} is 1: {reason}")
+        before, after = (self.mean(name, "calibration", key, ood=ood) for key in ("ece", "ece_scaled"))
         return before - after
 
-    def score(one, other, ood, bound=0.0):
-        def predicted(logits, labels):
-            def of(name, s):
-                return METRICS[metric](torch.from_numpy(logits[name][s]), torch.from_numpy(labels[s]))
-            return statistics.mean(of(one, s) - of(other, s) for s in labels if (s == "test") != ood)
-        return Part(f"score {dict(map(reversed, places))[ood]}: {one} - {other}",
-                    difference(one, other, "score", ood=ood), bound, predicted)
 
-    def ece(one, other, ood):
-        def predicted(logits, labels):
-            def of(name, s):
-                return calibration_error(torch.from_numpy(logits[name][s]), torch.from_numpy(labels[s]))[0]
-            return statistics.mean(of(one, s) - of(other, s) for s in labels if (s == "test") != ood)
-        return Part(f"ECE {dict(map(reversed, places))[ood]}: {one} - {other}",
-                    difference(one, other, "calibration", "ece", ood=ood), 0.0, predicted)
+PLACES = ("in distribution", False), ("out of distribution", True)  # the latter is `ood` below
 
-    return [
-        Claim("LP grows the head more than FT", "The head norm grows far more in LP than in FT or LoRA.",
-              Part("growth of ||V||: LP - FT", lambda of: growth(of, "LP") - growth(of, "FT")),
-              [Part("growth of ||V||: LP - LoRA", lambda of: growth(of, "LP") - growth(of, "LoRA")),
-               Part("growth of ||V||: LP - 2 FT", lambda of: growth(of, "LP") - 2 * growth(of, "FT"))]),
-        Claim("LP-FT moves features less than FT", "Features change less in LP-FT than in FT.",
-              *features("Diff(F)", "diff", "FT", "LP-FT", places[:1]),
-              [*features("Diff(F)", "diff", "FT", "LP-FT", places[1:]),
-               *features("CS(F)", "cs", "LP-FT", "FT", places),
-               *features("FDR(F)", "fdr", "FT", "LP-FT", places)]),
-        Claim("LP-FT is better out of distribution than FT",
-              "LP-FT matches or beats FT in distribution and beats it out of distribution.",
-              score("LP-FT", "FT", True),
-              [score("LP-FT", "FT", False), *(score(name, "LP", False) for name in METHODS if name != "LP")]),
-        Claim("The encoder's part of the first step is larger in LP-FT",
-              "F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT.",
-              Part("FT ratio: LP-FT - FT", difference("LP-FT", "FT", "ntk", "ft_ratio")),
-              [part for name in ("FT", "LP-FT") for part in (
-                  Part(f"rank: F - P, {name}", rank(name)),
-                  Part(f"test accuracy of regression: F - P, {name}", lambda of, name=name: of.number(
-                      name, "ntk", "F", "test_accuracy") - of.number(name, "ntk", "P", "test_accuracy")))]),
-        Claim("LoRA has nearly the same F as FT", "F under LoRA has nearly F's rank and spectrum under FT.",
-              Part("singular values of F, LoRA and FT: smaller / larger", spectrum("FT", "LoRA"), 0.5),
-              [Part("the same, LP-LoRA and LP-FT", spectrum("LP-FT", "LP-LoRA"), 0.5)]),
-        Claim("A larger head makes features move less", "The longer the first head, the less features move.",
-              Part("fall of Diff(F) per factor 10 on FT's head, in distribution", fall("FT", False)),
-              [Part(f"the same, {name}, {place}", fall(name, ood)) for name, place, ood in
-               (("FT", "out of distribution", True), ("LP-FT", "in distribution", False),
-                ("LP-FT", "out of distribution", True))]),
-        Claim("LP-FT is worse calibrated than FT, and a temperature mends it",
-              "LP-FT has a higher ECE than FT and gains most from temperature scaling.",
-              ece("LP-FT", "FT", False),
-              [ece("LP-FT", "FT", True), Part("T: LP-FT - FT", difference("LP-FT", "FT", "temperature")),
-               *(Part(f"fall of ECE by T {place}: LP-FT - {other}",
-                      lambda of, other=other, ood=ood: gain(of, "LP-FT", ood) - gain(of, other, ood))
-                 for other in ("LP", "FT") for place, ood in places)]),
-    ]
+
+def difference(label, one, other, *keys, place=None):
+    """Of a number of two methods; or, with a place, of the means over its splits."""
+    if place is None:
+        return Part(f"{label}: {one} - {other}", lambda of: of.number(one, *keys) - of.number(other, *keys))
+    return Part(f"{label} {place[0]}: {one} - {other}",
+                lambda of: of.mean(one, *keys, ood=place[1]) - of.mean(other, *keys, ood=place[1]))
+
+
+def predicted(label, one, other, place, *keys):
+    """The same of a number that is made of predictions: of other texts, it can be told from their logits."""
+    def measure(logits, labels, metric):
+        number = METRICS[metric] if keys == ("score",) else lambda *some: calibration_error(*some)[0]
+
+        def of(name, split):
+            return number(torch.from_numpy(logits[name][split]), torch.from_numpy(labels[split]))
+        return statistics.mean(of(one, s) - of(other, s) for s in labels if (s == "test") != place[1])
+    return replace(difference(label, one, other, *keys, place=place), predictions=measure)
+
+
+def gain_by_T(other, place):
+    return Part(f"fall of ECE by T {place[0]}: LP-FT - {other}",
+                lambda of: of.gain("LP-FT", place[1]) - of.gain(other, place[1]))
+
+
+ID, OOD = PLACES
+CLAIMS = [
+    Claim("LP grows the head more than FT", "The head norm grows far more in LP than in FT or LoRA.",
+          Part("growth of ||V||: LP - FT", lambda of: of.growth("LP") - of.growth("FT")),
+          [Part("growth of ||V||: LP - LoRA", lambda of: of.growth("LP") - of.growth("LoRA")),
+           Part("growth of ||V||: LP - 2 FT", lambda of: of.growth("LP") - 2 * of.growth("FT"))]),
+    Claim("LP-FT moves features less than FT", "Features change less in LP-FT than in FT.",
+          difference("Diff(F)", "FT", "LP-FT", "features", "diff", place=ID),
+          [difference("Diff(F)", "FT", "LP-FT", "features", "diff", place=OOD),
+           *(difference("CS(F)", "LP-FT", "FT", "features", "cs", place=place) for place in PLACES),
+           *(difference("FDR(F)", "FT", "LP-FT", "features", "fdr", place=place) for place in PLACES)]),
+    Claim("LP-FT is better out of distribution than FT",
+          "LP-FT matches or beats FT in distribution and beats it out of distribution.",
+          predicted("score", "LP-FT", "FT", OOD, "score"),
+          [predicted("score", "LP-FT", "FT", ID, "score"),
+           *(predicted("score", name, "LP", ID, "score") for name in METHODS if name != "LP")]),
+    Claim("The encoder's part of the first step is larger in LP-FT",
+          "F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT.",
+          difference("FT ratio", "LP-FT", "FT", "ntk", "ft_ratio"),
+          [part for name in ("FT", "LP-FT") for part in (
+              Part(f"rank: F - P, {name}", lambda of, name=name: of.rank_gain(name)),
+              Part(f"test accuracy of regression: F - P, {name}",
+                   lambda of, name=name: of.regression_gain(name)))]),
+    Claim("LoRA has nearly the same F as FT", "F under LoRA has nearly F's rank and spectrum under FT.",
+          Part("singular values of F, LoRA and FT: smaller / larger", lambda of: of.spectra("FT", "LoRA"), 0.5),
+          [Part("the same, LP-LoRA and LP-FT", lambda of: of.spectra("LP-FT", "LP-LoRA"), 0.5)]),
+    Claim("A larger head makes features move less", "The longer the first head, the less features move.",
+          Part("fall of Diff(F) per factor 10 on FT's head, in distribution",
+               lambda of: of.fall("FT", False)),
+          [Part(f"the same, {name}, {place}", lambda of, name=name, ood=ood: of.fall(name, ood))
+           for name in ("FT", "LP-FT") for place, ood in PLACES if (name, ood) != ("FT", False)]),
+    Claim("LP-FT is worse calibrated than FT, and a temperature mends it",
+          "LP-FT has a higher ECE than FT and gains most from temperature scaling.",
+          predicted("ECE", "LP-FT", "FT", ID, "calibration", "ece"),
+          [predicted("ECE", "LP-FT", "FT", OOD, "calibration", "ece"),
+           difference("T", "LP-FT", "FT", "temperature"),
+           *(gain_by_T(other, place) for other in ("LP", "FT") for place in PLACES)]),
+]
 
 
 # ---------------------------------------------------------------------------- intervals and verdicts
@@ -184,7 +180,7 @@ def judge(out, plan, results):
     units = complete_units(results, plan["units"])
     logits = read_logits(out, units) if plan["unit"] == "seed" else None
     judged = []
-    for claim in claims(scales_of(results), results[f"LP-{units[0]}"]["metric"]):
+    for claim in CLAIMS:
         primary, *parts = (measure(part, results, units, logits) for part in (claim.primary, *claim.parts))
         judged.append({"claim": claim.claim, "says": claim.says, "primary": primary, "parts": parts})
     measured = [claim["primary"] for claim in judged if "p" in claim["primary"]]
@@ -207,7 +203,7 @@ def measure(part, results, units, logits=None):
     if all(value == part.bound for value in values):
         return found | {"why": "every unit ties"}
     if logits and part.predictions:
-        mean, lower, upper, p = bootstrap(part, logits, values)
+        mean, lower, upper, p = bootstrap(part, logits, values, results[f"LP-{units[0]}"]["metric"])
     else:
         mean, lower, upper, p = paired_t(values, part.bound)
     numbers = {"mean": mean, "lower": lower, "upper": upper, "p": p, "units": len(units), "values": values}
@@ -223,7 +219,7 @@ def paired_t(values, bound=0.0):
     return mean, mean - half, mean + half, p
 
 
-def bootstrap(part, logits, values):
+def bootstrap(part, logits, values, metric):
     """The same where units share their test texts; logits as those of read_logits.
 
     The mean over these units has two sources of chance. The texts: the standard deviation over draws of
@@ -236,7 +232,7 @@ def bootstrap(part, logits, values):
         texts = {split: rng.integers(size, size=size) for split, size in sizes.items()}
         found.append(statistics.mean(part.predictions(
             {name: {s: of[s][texts[s]] for s in of} for name, of in methods.items()},
-            {s: of[texts[s]] for s, of in labels.items()}) for methods, labels in logits.values()))
+            {s: of[texts[s]] for s, of in labels.items()}, metric) for methods, labels in logits.values()))
     of_texts, of_units = statistics.variance(found), statistics.variance(values) / n
     total = of_texts + of_units
     if not total:

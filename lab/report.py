@@ -1,10 +1,10 @@
 """Report, tables and verdicts of a folder of runs that lab.reproduce made.
 
-    python -m lab.report reproduction/tiny-tiny
+    python -m lab.reproduce --report --out reproduction/tiny-tiny
 
-writes into the folder report.md, report.html (the same as one file with everything in it), claims.json (the
-seven claims, see claims.py), tables.json (every number, the key it has in the result.json files, and these
-files) and figures/. What is there is read in runs.py, figures are drawn in figures.py.
+writes into the folder report.md (page.md filled in), report.html (the same, all in one file), claims.json
+(the seven claims, see claims.py), tables.json (every number, its key in the result.json files, and
+these files) and figures/. What is there is read in runs.py, figures are drawn in figures.py.
 """
 
 import base64
@@ -12,7 +12,6 @@ import json
 import re
 import shutil
 import statistics
-import sys
 from pathlib import Path
 
 import markdown
@@ -23,19 +22,7 @@ from lab.claims import judge
 from lab.runs import (METHODS, by_rate, complete_units, last_error, look_up, read_plan, read_results, scaled,
                       scales_of, tuning_scores)
 from plumbing.files import read_json, write_text
-from plumbing.flags import Parser, exit_status
 
-ABOUT = """\
-Linear probing then fine-tuning (LP-FT) first fits the linear head of a classifier on the frozen features of a
-pre-trained encoder (LP), then trains everything from there (FT). Does it do what A. Tomihari and I. Sato say
-it does, in "Understanding Linear Probing then Fine-tuning Language Models from NTK Perspective" (NeurIPS
-2024)? They studied RoBERTa-base on thirteen data sets with five seeds. This page measures their seven claims
-on {task}, with {units}.
-
-{unit} Every interval is the 95 % interval of a mean over units, mostly of a paired difference. A claim
-*holds* or *does not hold* where the number that is measured for it is told from its bound (Holm's procedure
-over the seven: all verdicts together are right with 95 %); else it is *undecided*. The verdict is about this
-number alone; what else the claim says stands under "Further numbers". Learning rates were {rates}."""
 TINY = ("Texts are generated reviews, negative, neutral or positive: train, val and test of gadgets, out of "
         "distribution of films, hotels and meals. ")
 UNITS = {"language": "A unit is a language: its own word preferences, its own pre-trained encoder, its own "
@@ -43,18 +30,7 @@ UNITS = {"language": "A unit is a language: its own word preferences, its own pr
          "seed": "A unit is a seed: head, LoRA, dropout, order and the drawn samples. The intervals of what "
                  "is made of predictions have the chance of the test texts, too (bootstrap). Nothing is said "
                  "about another data set or encoder."}
-WORDS = """\
-LoRA is FT of small low-rank updates instead of the encoder, LP-LoRA LoRA after LP. `test` is of the training
-domain, the other test sets are out of distribution (OOD). V is the head's weight, phi(x) the features, what
-the encoder gives for a text. CS(F): mean cosine similarity
-of the features of two texts. Diff(F): how far features moved from the pre-trained ones. FDR(F): Fisher's
-ratio of the spread between classes to that within. Norm(F): their mean length. Norm(C), Diff(C): ||V||, and
-how far V moved in the FT stage (in LP, from 0). Theta = P + F is the neural tangent kernel where the FT stage
-starts: P is the head's part, F the encoder's. FT ratio: the length of F's part of the first step over that of
-the whole step. Kernel regression is scored by class, and per logit. ECE, MCE: mean and largest gap between
-confidence and accuracy. T: logits are divided by it, fitted on validation, so that confidence meets accuracy;
-above 1 the model was too sure, below 1 too unsure. ±: the standard deviation over units.
-An empty cell: the method has no such number, or not in every unit."""
+PAGE, STYLE = (Path(__file__).with_name(f"page.{kind}") for kind in ("md", "css"))
 PICTURE = "Accuracy against the learning rate"
 
 
@@ -195,35 +171,28 @@ def write_report(out):
 
 
 def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, problems):
-    first = results[f"LP-{units[0]}"]
-    task = f"the task `{Path(str(first.get('data'))).name}`"
-    if plan["unit"] == "seed":
-        task += f" with the encoder `{Path(str(first.get('model'))).name}`"
-    samples = ", ".join(f"{split} {count}" for split, count in first.get("samples", {}).items())
+    """page.md, filled in."""
+    first, unit = results[f"LP-{units[0]}"], plan["unit"]
     used = {name: read_json(out / "runs" / f"{name}-{units[0]}" / "config.json") for name in METHODS}
-    how = "chosen on validation, in two units of their own" if plan["tuning"] else "given"
-    rates = f"{how}: " + "; ".join(
-        f"{name} {config['lr']:g} (batch {config.get('batch_size')}, {config.get('epochs')} epochs)"
-        for name, config in used.items() if "lr" in config)
     missing = [f"{name} ({last_error(out / 'runs' / f'{name}.log') or 'not finished'})"
                for name in plan["runs"] if name not in results]
     unfit = [f"{run} ({result['temperature_reason']})" for run, result in results.items()
              if result.get("temperature_reason")]
     notes = [f"Not finished, so left out: {', '.join(missing)}."] * bool(missing) + [
-        f"No temperature could be fitted in {', '.join(unfit)} (T is 1 there)."] * bool(unfit)
-    notes += [f"Not drawn: {problem}." for problem in problems]
-    pictures = {title: f"![{title}](figures/{file}.png)\n\n*{caption}*"
+        f"No temperature could be fitted in {', '.join(unfit)} (T is 1 there)."] * bool(unfit) + [
+        f"Not drawn: {problem}." for problem in problems]
+    sections = {title: f"![{title}](figures/{file}.png)\n\n*{caption}*"
                 for title, (file, caption) in drawn.items()}
-    sections = {title: body for title, body in pictures.items() if title == PICTURE} | {"Words": WORDS}
-    rows = [[f"{i}. {claim['says']}", f"{part['measure']}, above {part['bound']:g}?", interval(part),
-             f"**{part['verdict']}**", claim["why"]]
-            for i, claim in enumerate(judged, 1) for part in (claim["primary"],)]
-    sections["The seven claims"] = grid(["what the paper says", "what is measured", "mean (95 % interval)",
-                                         "verdict", "why"], rows)
-    sections |= {title: body for title, body in pictures.items() if title != PICTURE}
+    picture = {PICTURE: sections.pop(PICTURE)} if PICTURE in sections else {}
+    numbered = [*enumerate(judged, 1)]
+    sections = {"The seven claims": grid(
+        ["what the paper says", "what is measured", "mean (95 % interval)", "verdict", "why"],
+        [[f"{i}. {claim['says']}", f"{claim['primary']['measure']}, above {claim['primary']['bound']:g}?",
+          interval(claim["primary"]), f"**{claim['primary']['verdict']}**", claim["why"]]
+         for i, claim in numbered])} | sections
     sections["Further numbers of the claims"] = grid(
         ["claim", "measured", "mean (95 % interval)"],
-        [[f"{i}", part["measure"], interval(part)] for i, c in enumerate(judged, 1) for part in c["parts"]])
+        [[f"{i}", part["measure"], interval(part)] for i, claim in numbered for part in claim["parts"]])
     sections |= {title: table_grid(table) for title, table in filled.items()}
     if plan["tuning"]:
         sections["Learning rates: mean validation score"] = tuning_grid(tuning, plan) + (
@@ -231,26 +200,26 @@ def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, proble
     made = " Encoders of languages above 0 are made by `python -m lab.pretrain --seed $unit --out DIR`."
     sections["Commands"] = (
         f"All of it: `{plan['command']}`. One run of each kind, $unit is {plan['units'][0]} to "
-        f"{plan['units'][-1]}.{made * (plan['unit'] == 'language')}\n\n{commands(plan)}")
-    short = "; ".join(f"claim {i} {claim['primary']['verdict']}" for i, claim in enumerate(judged, 1))
-    anchors = {title: re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in sections}
-    lines = ["# Linear probing then fine-tuning: seven claims, measured", "", ABOUT.format(
-        task=task, units=f"{len(units)} {plan['unit']}s", unit=UNITS[plan["unit"]], rates=rates), "",
-        f"In short: {short}.", "", f"{TINY * (first.get('data') in TASKS)}Samples: {samples}. Every number, "
-        "with its files: `tables.json`, `claims.json`.", "", *notes, "",
-        "Contents: " + " · ".join(f"[{title}](#{anchor})" for title, anchor in anchors.items())]
-    for title, body in sections.items():
-        lines += ["", f'<a id="{anchors[title]}"></a>', "", f"## {title}", "", body]
-    return "\n".join(lines) + "\n"
+        f"{plan['units'][-1]}.{made * (unit == 'language')}\n\n{commands(plan)}")
+    anchors = {title: re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+               for title in (*picture, "Words", *sections)}
 
+    def shown(parts):
+        return "\n\n".join(f'<a id="{anchors[title]}"></a>\n\n## {title}\n\n{body}'
+                           for title, body in parts.items())
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1em; max-width: 1000px; color: #222; }
-table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: clamp(11px, 2.9vw, 14px); }
-td, th { box-sizing: border-box; padding: .25em .3em; border-bottom: 1px solid #ddd; text-align: left;
-         vertical-align: top; overflow-wrap: anywhere; hyphens: auto; }
-code { overflow-wrap: anywhere; } img { width: 100%; height: auto; }
-"""
+    how = "chosen on validation, in two units of their own" if plan["tuning"] else "given"
+    encoder = f" with the encoder `{Path(str(first.get('model'))).name}`" * (unit == "seed")
+    return PAGE.read_text(encoding="utf-8").format(
+        task=f"the task `{Path(str(first.get('data'))).name}`{encoder}", units=f"{len(units)} {unit}s",
+        unit=UNITS[unit], texts=TINY * (first.get("data") in TASKS), notes="\n".join(notes),
+        samples=", ".join(f"{split} {count}" for split, count in first.get("samples", {}).items()),
+        short="; ".join(f"claim {i} {claim['primary']['verdict']}" for i, claim in numbered),
+        rates=f"{how}: " + "; ".join(
+            f"{name} {config['lr']:g} (batch {config.get('batch_size')}, {config.get('epochs')} epochs)"
+            for name, config in used.items() if "lr" in config),
+        contents=" · ".join(f"[{title}](#{anchor})" for title, anchor in anchors.items()),
+        picture=shown(picture), words=shown({"Words": ""}), rest=shown(sections))
 
 
 def as_html(text, out):
@@ -260,17 +229,6 @@ def as_html(text, out):
         return f'src="data:image/svg+xml;base64,{data}"'
 
     body = re.sub(r'src="(figures/[\w-]+)\.png"', inside, markdown.markdown(text, extensions=["tables"]))
-    return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
-            f"content='width=device-width'><title>LP-FT: seven claims, measured</title><style>{STYLE}</style>"
+    return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=width=device-width>"
+            f"<title>LP-FT: seven claims, measured</title><style>{STYLE.read_text()}</style>"
             f"<body>{body}</body></html>\n")
-
-
-def main(argv=None):
-    parser = Parser("lab.report", description="Report of a folder that lab.reproduce made.")
-    parser.add_argument("folder", type=Path, help="the --out of lab.reproduce")
-    args = parser.parse_args(argv)
-    return exit_status("lab.report", lambda: write_report(args.folder))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -138,11 +138,13 @@ def encoders(args):
 
 def leaves(args, name, flags):
     """The file that is there once the command has come to its end."""
-    return Path(flags[-1], "config.json") if name.startswith("encoder-") else args.out / "runs" / name / "result.json"
+    if name.startswith("encoder-"):
+        return Path(flags[-1], "config.json")
+    return args.out / "runs" / name / "result.json"
 
 
 def shell_line(args, name, flags):
-    """For any shell, now or later, here or elsewhere: it does what is not done, and goes on with what is begun."""
+    """For any shell, here or elsewhere: it does what is not done, and goes on with what is begun."""
     done = f"test -e {shlex.quote(str(leaves(args, name, flags)))}"
     if name.startswith("encoder-"):
         python = shlex.join([f"PYTHONPATH={ROOT}", sys.executable, "-m", "lab.pretrain", *flags])

@@ -204,7 +204,7 @@ def test_every_language_has_an_encoder_of_its_own(tmp_path):
 def test_without_the_packages_of_the_lab_one_line_says_how_to_get_them(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import importlib.util as u\nfind = u.find_spec\n"
                                                "u.find_spec = lambda name: None if name == 'markdown' else find(name)\n")
-    done = subprocess.run([sys.executable, "-m", "lab.report", "x"], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "lab.reproduce", "--report"], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1 and "markdown; pip install -r requirements-dev.txt" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -346,7 +346,7 @@ def test_two_commands_do_not_write_to_one_folder(tmp_path, capsys):
     assert reproduce.main(["--out", str(tmp_path)]) == 2
     assert "another process that is still running" in capsys.readouterr().err
     lock.release()
-    assert report.main([str(tmp_path)]) == 2 and "holds no plan.json" in capsys.readouterr().err
+    assert reproduce.main(["--report", "--out", str(tmp_path)]) == 2 and "holds no plan.json" in capsys.readouterr().err
 
 
 def stand_in(name, code):
@@ -528,7 +528,7 @@ def test_a_damaged_file_is_one_line_with_its_name(made_up_runs, tmp_path, capsys
     if content is not None:
         (tmp_path / "x" / file).write_text(content)
     capsys.readouterr()
-    assert report.main([str(tmp_path / "x")]) == 2
+    assert reproduce.main(["--report", "--out", str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
 
