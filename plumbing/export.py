@@ -52,7 +52,10 @@ def save_run(args, model, tokenizer, task, result):
                     result["temperature_reason"])
     if args.export:
         base = tiny.ENCODER if args.model == "tiny" else args.model
-        export_classifier(args.export, model, tokenizer, task, temperature, args.max_length, base)
+        part = args.export.with_name(f"{args.export.name}.part")  # so that --export is whole or empty
+        export_classifier(part, model, tokenizer, task, temperature, args.max_length, base)
+        args.export.rmdir()
+        part.rename(args.export)
     write_json(args.out / "result.json", result)  # last: a folder that has it is finished
 
 

@@ -2,14 +2,13 @@
 
     lock_folder                refuses a folder that a live process uses
     RunState                   the FT stage after its last whole epoch: saved, checked, taken up again
-    open_run                   --out and --export, new or as an interrupted run left them
+    run_in_folder              --out and --export, new or as an interrupted run left them
 """
 
 import hashlib
 import platform
 import shlex
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,9 @@ import torch
 from filelock import FileLock, Timeout  # PyTorch needs it too
 
 from plumbing import devices, flags
-from plumbing.files import load_tensors, save_tensors, write_json, write_text
+from plumbing.files import load_tensors, save_tensors, write_json
 
 LOCK = "lock"  # name of the lock file in a folder
-UNFINISHED = "unfinished-run"  # a file in --export until it is whole, with the path of --out
 VERSION = 3  # of what states hold; higher when an older state cannot be gone on with
 
 
@@ -98,12 +96,10 @@ class RunState:
 # ---------------------------------------------------------------------------- the folders of a run
 
 
-@contextmanager
-def open_run(args):
-    """Hold --out and --export, and choose --device; yields a RunState, or None for a run that is finished
-    already.
+def run_in_folder(args, run):
+    """Call run(args, RunState) where it holds --out and --export alone, unless it is finished already.
 
-    If the run ends well, its state goes; if it fails before anything is saved, so do the folders it made.
+    If it ends well, its state goes; if it fails before anything is saved, so do the folders it made.
     """
     device, args.why_device = devices.choose_device(args.device)
     args.device = device.type
@@ -112,7 +108,6 @@ def open_run(args):
     try:
         if (args.out / "result.json").is_file():
             print(f"finished already: {args.out}")
-            yield None
         else:
             if args.resume:
                 torch.set_num_threads(args.threads)  # another number adds in another order
@@ -122,23 +117,14 @@ def open_run(args):
                     "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                  "tokenizers": tokenizers.__version__, "numpy": np.__version__}})
             with devices.memory_advice("--max-length, --batch-size or --max-train"):
-                yield state
+                run(args, state)
         state.path.unlink(missing_ok=True)
-        if args.export:
-            (args.export / UNFINISHED).unlink(missing_ok=True)
     except Exception:
         if not (args.resume or state.path.is_file() or (args.out / "model.safetensors").is_file()):
             release_folders(args, lock, made)
         raise
     finally:
         lock.release()
-
-
-def run_in_folder(args, run):
-    """run(args, state) in a folder that it holds alone, unless it is finished already."""
-    with open_run(args) as state:
-        if state:
-            run(args, state)
 
 
 def fingerprint(task, encoder):
@@ -162,16 +148,8 @@ def how_to_go_on(out):
 def claim_folders(args):
     """Create --out, or runs/DATA-MODEL-METHOD-seedS with a number behind it, and --export; lock --out.
 
-    Returns (lock, folders that were not there before). A resumed run has its folders.
+    Returns (lock, folders that were not there before).
     """
-    if args.resume:
-        lock, marker = lock_folder(args.out), args.export and args.export / UNFINISHED
-        finished = (args.out / "result.json").is_file()
-        if marker and not finished and any(args.export.glob("*")) and not (
-                marker.is_file() and marker.read_text(encoding="utf-8") == str(args.out.resolve())):
-            raise ValueError(f"--export {args.export}: holds something that is not of this run")
-        return lock, []
-    made = []
     if args.out is None:
         name = "-".join([Path(args.data).name, Path(args.model).name, args.method]
                         + ["lora"] * args.lora + [f"seed{args.seed}"])
@@ -181,24 +159,22 @@ def claim_folders(args):
             args.out = Path("runs") / f"{name}-{number}"
     if args.export and args.export.resolve() == args.out.resolve():
         raise ValueError(f"--export {args.export}: is also --out; expected another folder")
-    for flag, folder in (("--export", args.export), ("--out", args.out)):
-        if folder and folder.is_file():
+    finished, begun = ((args.out / name).is_file() for name in ("result.json", "config.json"))
+    for flag, folder, own in (("--export", args.export, ()), ("--out", args.out, (LOCK, "config.json.tmp"))):
+        if folder is None or args.resume and (finished or flag == "--out"):
+            continue
+        if folder.is_file():
             raise ValueError(f"{flag} {folder}: is a file already; expected a new or empty folder")
-        own = (LOCK, "config.json.tmp", UNFINISHED)
-        if folder and folder.is_dir() and any(path.name not in own for path in folder.iterdir()):
-            unfinished = folder == args.out and not (folder / "result.json").is_file() and (
-                folder / "config.json").is_file()
-            raise ValueError(f"{flag} {folder}: holds something already; expected a new or empty folder"
-                             + f", or --resume {folder}" * unfinished)
-    for folder in filter(None, (args.out, args.export)):
-        if not folder.exists():
-            made.append(folder)
-            folder.mkdir(parents=True)
+        if folder.is_dir() and any(path.name not in own for path in folder.iterdir()):
+            go_on = f", or --resume {folder}" * (flag == "--out" and begun and not finished)
+            raise ValueError(f"{flag} {folder}: holds something already; expected a new or empty "
+                             f"folder{go_on}")
+    made = [folder for folder in (args.out, args.export) if folder and not folder.exists()]
+    for folder in made:
+        folder.mkdir(parents=True)
     lock = lock_folder(args.out)
-    if (args.out / "config.json").exists():  # of two commands that found it empty, one was first
+    if not args.resume and (args.out / "config.json").exists():  # of two commands, one was first
         raise ValueError(f"--out {args.out}: holds something already; expected a new or empty folder")
-    if args.export:
-        write_text(args.export / UNFINISHED, str(args.out.resolve()))
     return lock, made
 
 
@@ -207,8 +183,6 @@ def release_folders(args, lock, made):
     lock.release()
     for name in (LOCK, "config.json", "metrics.jsonl", "ntk.npz"):
         (args.out / name).unlink(missing_ok=True)
-    if args.export:
-        (args.export / UNFINISHED).unlink(missing_ok=True)
     for folder in made:
         if not any(folder.iterdir()):
             folder.rmdir()
