@@ -11,7 +11,6 @@ Shapes: N samples, L tokens of the longest sample in the batch.
 
 from array import array
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,9 +79,7 @@ class Split:
         return batch, self.labels[indices]
 
     def batches(self, indices, batch_size):
-        """(batches of these samples, by length so that padding is little; where each sample is in them,
-        (N,)).
-        """
+        """(batches of these samples, by length: little padding; each sample's place in them, (N,))."""
         order = evaluation_batches(self.lengths[indices], batch_size)
         return [self.batch(indices[part])[0] for part in order], np.concatenate(order).argsort()
 
@@ -124,10 +121,10 @@ class Rows:
 
 
 def read_task(name_or_directory, data_dir=None, language=0):
-    """Read a task as Rows; ValueError or FileNotFoundError for the first bad row. `language`: of the embedded
-    tasks.
+    """Read a task as Rows; ValueError or FileNotFoundError for the first bad row.
 
-    A task without val gives the last tenth of its training rows to validation, unshuffled.
+    `language`: of the embedded tasks. A task without val gives the last tenth of its training rows to
+    validation, unshuffled.
     """
     from data import tiny  # here, so that `python -m data.tiny` does not import it twice
 
@@ -135,7 +132,8 @@ def read_task(name_or_directory, data_dir=None, language=0):
     if name_or_directory in tiny.TASKS:
         labels = {name: name for name in tiny.LABELS}
         texts = tiny.load(name_or_directory, language)
-        sources = {split: partial(tiny_rows, samples) for split, samples in texts.items()}
+        sources = {split: lambda samples=samples: [("", text, None, tiny.LABELS[i]) for text, i in samples]
+                   for split, samples in texts.items()}
     elif name_or_directory in corpora.CORPORA:
         corpus = corpora.CORPORA[name_or_directory]
         labels, metric = corpus.labels, corpus.metric
@@ -168,12 +166,6 @@ def read_task(name_or_directory, data_dir=None, language=0):
                 str(name_or_directory))
 
 
-def tiny_rows(samples):
-    from data.tiny import LABELS
-
-    return [("", text, None, LABELS[label]) for text, label in samples]
-
-
 def check_rows(rows, labels, pairs):
     """[(text_a, text_b or None, class index), ...] of rows (where, text_a, text_b or None, label)."""
     index, checked = {label: i for i, label in enumerate(labels)}, []
@@ -191,12 +183,10 @@ def last_tenth(rows, where, names):
     """(rows for training, the last tenth for validation); `where` is the last row, for the message."""
     kept = len(rows) - len(rows) // 10
     if len({index for *_, index in rows[kept:]}) < 2:
-        why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more, or a "
-               "val file"
-               if len(rows) < 20 else
-               f"all of the last tenth of the {len(rows)} rows, to be validation, is {names[rows[-1][2]]}; "
-               "put the rows in random order or add a val file")
-        raise ValueError(f"{where}: the end; there is no val file, and {why}")
+        why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more"
+               if len(rows) < 20 else f"all of the last tenth of the {len(rows)} rows, to be validation, is "
+               f"{names[rows[-1][2]]}; put the rows in random order")
+        raise ValueError(f"{where}: the end; there is no val file, and {why}, or add a val file")
     return rows[:kept], rows[kept:]
 
 
@@ -206,8 +196,7 @@ def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_t
 
     max_train keeps that many training samples, drawn with `seed`, in their original order; max_test as many
     of test and of each OOD split, the same for every seed, and with 0 the task has neither. Instead of a
-    name, Rows that read_task has read. Raises ValueError or FileNotFoundError that names the file, the line
-    and what was expected.
+    name, Rows that read_task has read. Raises what read_task raises.
     """
     rows = name_or_directory
     if not isinstance(rows, Rows):
@@ -240,8 +229,7 @@ def draw_train(rows, max_train, seed):
 
 
 def draw_ntk_samples(count, seed, task):
-    """{split: indices} of kernel samples, drawn with `seed`, in random order: of train, and of test or else
-    val.
+    """{split: indices} of kernel samples, drawn with `seed`: of train, and of test or else val.
 
     ValueError where a class has fewer than 5 of the training samples: kernel regression cross-validates.
     """

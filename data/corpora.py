@@ -36,12 +36,9 @@ def superglue_rows(path, build):
         yield where, *build(where, row), readers.label_of(where, row)
 
 
-def premise_hypothesis(where, row):
-    return readers.texts_of(where, row, "premise", "hypothesis")
-
-
-def question_passage(where, row):
-    return readers.texts_of(where, row, "question", "passage")
+def columns(*names):
+    """Texts as they stand in the columns of these names."""
+    return lambda where, row: readers.texts_of(where, row, *names)
 
 
 def word_in_context(where, row):
@@ -61,36 +58,23 @@ def pronoun(where, row):
     return f"{span2}: {text}", span1
 
 
-def plain_rows(path, columns, header):
-    """Tab-separated without quoting. `columns` by name; `header`: whether line 1 holds their names."""
+def plain_rows(path, names, texts, label="label", header=True):
+    """Tab-separated without quoting, columns of these `names`; `header`: whether line 1 holds them.
+
+    A space behind a text stays, as the authors' loader leaves it in SST-2.
+    """
     for number, line in enumerate(readers.read_lines(path), 1):
         where, cells = f"{path}, line {number}", line.rstrip("\r\n").split("\t")
-        if len(cells) != len(columns):
-            raise ValueError(f"{where}: {len(cells)} columns; expected {len(columns)}: {', '.join(columns)}")
+        if len(cells) != len(names):
+            raise ValueError(f"{where}: {len(cells)} columns; expected {len(names)}: {', '.join(names)}")
         if number == 1 and header:
-            if cells != columns:
+            if cells != names:
                 raise ValueError(f"{where}: the header is {readers.listing(cells)}; expected "
-                                 f"{', '.join(columns)}")
+                                 f"{', '.join(names)}")
             continue
-        yield where, dict(zip(columns, cells))
-
-
-def cola_rows(path):
-    for where, row in plain_rows(path, ["source", "label", "mark", "sentence"], header=False):
-        yield where, *readers.texts_of(where, row, "sentence"), readers.label_of(where, row)
-
-
-def mrpc_rows(path):
-    columns = ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]
-    for where, row in plain_rows(path, columns, header=True):
-        row["label"] = row.pop("Quality")
-        yield where, *readers.texts_of(where, row, "#1 String", "#2 String"), readers.label_of(where, row)
-
-
-def sst2_rows(path):
-    """The space behind the training phrases stays, as the authors' loader leaves it."""
-    for where, row in plain_rows(path, ["sentence", "label"], header=True):
-        yield where, *readers.texts_of(where, row, "sentence"), readers.label_of(where, row)
+        row = dict(zip(names, cells))
+        row["label"] = row[label]
+        yield where, *readers.texts_of(where, row, *texts), readers.label_of(where, row)
 
 
 # what pandas.read_csv takes for a missing value, in quotes or not (its default na_values)
@@ -140,20 +124,24 @@ def glue(folder, read, labels, metric="accuracy"):
     return Corpus("glue", {"train": f"{folder}/train.tsv", "test": f"{folder}/dev.tsv"}, read, labels, metric)
 
 
-CB_LABELS = ("contradiction", "entailment", "neutral")
+CB_LABELS, RTE_LABELS = ("contradiction", "entailment", "neutral"), ("entailment", "not_entailment")
 PUBMED = "PubMed_20k_RCT_numbers_replaced_with_at_sign"
 PUBMED_LABELS = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
 CORPORA = {
-    "boolq": superglue("BoolQ", question_passage, {"False": "no", "True": "yes"}),
-    "cb": superglue("CB", premise_hypothesis, {name: name for name in CB_LABELS}),
-    "rte": superglue("RTE", premise_hypothesis, {"entailment": "entailment",
-                                                 "not_entailment": "not_entailment"}),
+    "boolq": superglue("BoolQ", columns("question", "passage"), {"False": "no", "True": "yes"}),
+    "cb": superglue("CB", columns("premise", "hypothesis"), {name: name for name in CB_LABELS}),
+    "rte": superglue("RTE", columns("premise", "hypothesis"), {name: name for name in RTE_LABELS}),
     "wic": superglue("WiC", word_in_context, {"False": "different", "True": "same"}),
     "wsc": superglue("WSC", pronoun, {"False": "another", "True": "the same"}),
-    "cola": glue("CoLA", cola_rows, {"0": "unacceptable", "1": "acceptable"}, "matthews"),
+    "cola": glue("CoLA", partial(plain_rows, names=["source", "label", "mark", "sentence"],
+                                 texts=["sentence"], header=False),
+                 {"0": "unacceptable", "1": "acceptable"}, "matthews"),
     "mrpc": Corpus("glue", {"train": "MRPC/msr_paraphrase_train.txt", "test": "MRPC/msr_paraphrase_test.txt"},
-                   mrpc_rows, {"0": "different", "1": "paraphrase"}),
-    "sst2": glue("SST-2", sst2_rows, {"0": "negative", "1": "positive"}),
+                   partial(plain_rows, names=["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"],
+                           texts=["#1 String", "#2 String"], label="Quality"),
+                   {"0": "different", "1": "paraphrase"}),
+    "sst2": glue("SST-2", partial(plain_rows, names=["sentence", "label"], texts=["sentence"]),
+                 {"0": "negative", "1": "positive"}),
     "amazon": Corpus("boss", {"train": "amazon/train.tsv", "test": "amazon/test.tsv",
                               "dynasent": "dynasent/test.tsv", "semeval": "semeval/test.tsv",
                               "sst5": "sst5/test.tsv"},

@@ -9,8 +9,7 @@ positive. Seeded, so that the same seed is the same text everywhere.
     document          3 or 4 sentences for pre-training, one mood, the domain may change in between
     tiny              3 sentences in the label's mood; 60 labelled texts, 20 of each class: few, so that where
                       the head starts matters. tiny-30 and tiny-120 have fewer and more
-    tiny-distractors  2 sentences in the label's mood, 2 distractors: about a shared noun, in any mood; 200
-    texts
+    tiny-distractors  2 sentences in the label's mood, 2 distractors about shared nouns, in any mood; 200
 
 The rule of the distractors, "what is said of the weather does not count", is not linear in the features of
 the pre-trained encoder: LP reads only part of it, and the features must move. Another seed is another
@@ -28,47 +27,13 @@ from tokenizers.processors import BertProcessing
 ENCODER = Path(__file__).with_name("tiny_encoder")  # made by lab.pretrain
 LABELS = ("negative", "neutral", "positive")
 NEGATIVE, NEUTRAL, POSITIVE = range(3)
-
-# ---------------------------------------------------------------------------- words
-
-SHARED_NOUNS = "weather journey queue neighbour morning traffic website parking".split()
-INTENSIFIERS = "very really quite rather truly so".split()
-SHARED_ADJECTIVES = (
-    "bad awful terrible poor horrible dreadful disappointing annoying weak useless miserable lousy "
-    "unpleasant inferior pathetic regrettable".split(),
-    "average ordinary acceptable standard typical moderate usual passable".split(),
-    "good great excellent wonderful superb fantastic amazing perfect lovely brilliant delightful "
-    "impressive marvellous splendid terrific outstanding".split(),
-)
 DOMAINS = ("gadgets", "films", "hotels", "meals")
-NOUNS = (
-    "battery screen camera speaker keyboard charger cable display button software case sensor".split(),
-    "plot acting script dialogue ending soundtrack scene cast director story editing finale".split(),
-    "room bed pool lobby bathroom towel balcony shower pillow reception carpet lift".split(),
-    "soup steak sauce dessert salad bread pasta coffee starter cheese curry menu".split(),
-)
-ENTITIES = (
-    "zenfy nokto vexa orbix lumio tekra quanto pixor gridon hexal syntra voltix".split(),
-    "marlow keaton bergson lindqvist ferrante okafor delacroix tanaka moreau silva harwood novak".split(),
-    "grandview seacrest palazzo bellevue ritzmont harbourside oakwood sunhaven alpina corona "
-    "lakeside kingsway".split(),
-    "trattoria bistro osteria cantina brasserie taverna diner izakaya rotisserie pizzeria "
-    "creperie tapas".split(),
-)
-ADJECTIVES = (  # of each domain's own: negative, neutral, positive
-    ("laggy buggy flimsy sluggish unresponsive glitchy bulky obsolete noisy overheating".split(),
-     "wireless portable digital compact grey".split(),
-     "snappy sleek durable crisp responsive intuitive powerful sturdy seamless efficient".split()),
-    ("boring predictable cheesy wooden tedious shallow incoherent clumsy forgettable bland".split(),
-     "historical animated foreign episodic subtitled".split(),
-     "gripping moving hilarious captivating witty thrilling poignant masterful touching stunning".split()),
-    ("dirty cramped smelly mouldy draughty filthy stained dingy shabby damp".split(),
-     "carpeted central modern furnished upstairs".split(),
-     "cosy spotless spacious luxurious charming comfortable peaceful elegant welcoming airy".split()),
-    ("soggy stale burnt greasy tasteless undercooked rancid salty dry cold".split(),
-     "vegetarian warm sliced seasonal mild".split(),
-     "delicious tasty juicy fresh tender flavourful crispy savoury succulent aromatic".split()),
-)
+WORDS = {name: words.split() for name, words in (  # such as "films nouns", "shared negative"
+    line.split(": ") for line in Path(__file__).with_name("tiny_words.txt").read_text().splitlines() if line)}
+SHARED_NOUNS, INTENSIFIERS = WORDS["shared nouns"], WORDS["intensifiers"]
+SHARED_ADJECTIVES, *ADJECTIVES = (  # negative, neutral, positive; of all domains, then of each one's own
+    tuple(WORDS[f"{domain} {label}"] for label in LABELS) for domain in ("shared", *DOMAINS))
+NOUNS, ENTITIES = ([WORDS[f"{domain} {kind}"] for domain in DOMAINS] for kind in ("nouns", "entities"))
 
 # ---------------------------------------------------------------------------- grammar
 

@@ -28,9 +28,8 @@ LAYER_NAMES = {"attention.self.query": "attention.query", "attention.self.key": 
                "attention.self.value": "attention.value", "attention.output.dense": "attention.output",
                "attention.output.LayerNorm": "attention_norm", "intermediate.dense": "ffn_in",
                "output.dense": "ffn_out", "output.LayerNorm": "ffn_norm"}
-SPECIAL_TOKENS = {"cls_token": ("<s>", "[CLS]"), "sep_token": ("</s>", "[SEP]"),
-                  "unk_token": ("<unk>", "[UNK]"),
-                  "pad_token": ("<pad>", "[PAD]"), "mask_token": ("<mask>", "[MASK]")}
+SPECIAL_TOKENS = {f"{name}_token": (roberta, f"[{name.upper()}]") for name, roberta in {
+    "cls": "<s>", "sep": "</s>", "unk": "<unk>", "pad": "<pad>", "mask": "<mask>"}.items()}
 POOLING_FILE = Path("1_Pooling/config.json")  # of sentence-transformers
 # Parts of a checkpoint that the classifier does not use: pooler, MLM heads, a buffer of old files.
 UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
@@ -52,29 +51,27 @@ def load_pretrained(name, pooling="auto"):
     pooling: "first" or "mean" over tokens is phi; "auto" asks the checkpoint (read_pooling).
 
     Needs config.json, tokenizer.json and model.safetensors; saved as a bare encoder, with an MLM head or by
-    sentence-transformers. Raises FileNotFoundError for a missing file, ValueError for
-    an architecture that is not supported and for a tensor that is missing, left over or of the wrong shape.
+    sentence-transformers. Raises FileNotFoundError for a missing file, ValueError for an architecture that is
+    not supported and for a tensor that is missing, left over or of the wrong shape.
     """
     directory = find_checkpoint(name, pooling)
     config = read_config(directory / "config.json")
     config.pooling = read_pooling(directory) if pooling == "auto" else pooling
-    weights, path = read_safetensors(directory / "model.safetensors"), directory / "model.safetensors"
+    path = directory / "model.safetensors"
+    weights = read_safetensors(path)
     try:
         encoder = Encoder(config)
     except (ValueError, RuntimeError) as error:  # heads that do not divide the width; sizes beyond memory
         raise ValueError(f"{directory / 'config.json'}: {str(error).splitlines()[0]}") from None
-    names = huggingface_names(encoder)
-    state = {}
+    names, state = huggingface_names(encoder), {}
     for name, tensor in weights.items():
         plain = name.removeprefix("bert.").removeprefix("roberta.")
-        plain = plain.replace("LayerNorm.gamma", "LayerNorm.weight")  # names of the first releases
-        plain = plain.replace("LayerNorm.beta", "LayerNorm.bias")
-        if plain.startswith(UNUSED):
-            continue
-        if plain not in names:
-            raise ValueError(f"{path}: tensor {name!r} has no place in a {config.model_type} encoder "
-                             f"of {config.num_hidden_layers} layers")
-        state[names[plain]] = tensor
+        plain = plain.replace(".gamma", ".weight").replace(".beta", ".bias")  # names of the first releases
+        if not plain.startswith(UNUSED):
+            if plain not in names:
+                raise ValueError(f"{path}: tensor {name!r} has no place in a {config.model_type} encoder "
+                                 f"of {config.num_hidden_layers} layers")
+            state[names[plain]] = tensor
     for theirs, ours in names.items():
         expected = encoder.get_parameter(ours).shape
         if ours not in state:
@@ -121,13 +118,10 @@ def read_config(path):
 
 def check_config(raw, path):
     """The entries of a config.json, read from `path`, as an EncoderConfig."""
-    supported = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",),
-                 "position_embedding_type": ("absolute", None), "is_decoder": (False,),
-                 "pooling": ("first", "mean")}
-    defaults = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False,
-                "pooling": "first"}
+    supported = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",), "is_decoder": (False,),
+                 "position_embedding_type": ("absolute", None), "pooling": ("first", "mean")}
     for key, allowed in supported.items():
-        found = raw.get(key, defaults.get(key))
+        found = raw.get(key, None if key == "model_type" else allowed[0])
         if found not in allowed:
             raise ValueError(f"{path}: {key} is {found!r}; supported: {', '.join(map(str, allowed))}")
     known = {field.name: raw[field.name] for field in fields(EncoderConfig) if field.name in raw}
@@ -152,17 +146,16 @@ def check_config(raw, path):
 def read_pooling(directory):
     """What the pooling file of sentence-transformers beside the checkpoint says; without one "first"."""
     parent = directory.resolve().parent  # if `directory` is the Transformer inside its folder
-    for folder in (directory, *[parent] * (parent / "modules.json").is_file()):
-        if (folder / POOLING_FILE).is_file():
-            entries = read_json(folder / POOLING_FILE)
+    for path in (directory / POOLING_FILE, *[parent / POOLING_FILE] * (parent / "modules.json").is_file()):
+        if path.is_file():
+            entries = read_json(path)
             modes = [name for name, on in entries.items() if name.startswith("pooling_mode_") and on is True]
             if "pooling_mode" in entries:  # later versions
                 modes.append(f"pooling_mode {entries['pooling_mode']}")
             known = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean",
                      "pooling_mode cls": "first", "pooling_mode mean": "mean"}
             if len(modes) != 1 or modes[0] not in known:
-                found = " and ".join(modes) or "no pooling_mode"
-                raise ValueError(f"{folder / POOLING_FILE}: true is {found}; "
+                raise ValueError(f"{path}: true is {' and '.join(modes) or 'no pooling_mode'}; "
                                  f"expected one of {', '.join(known)}; choose by --pooling first or mean")
             return known[modes[0]]
     return "first"
@@ -200,31 +193,21 @@ def download_checkpoint(name, pooling):
 
     print(f"checkpoint {name}: from the Hugging Face hub or its cache", flush=True)
     logging.set_verbosity_error()  # it tries for half a minute; a warning for each try says nothing more
-
-    def fetch(file):
-        try:
-            return Path(hf_hub_download(name, file))
-        except EntryNotFoundError as error:
-            unknown = isinstance(error, LocalEntryNotFoundError) and (  # the hub cannot be reached
-                try_to_load_from_cache(name, file) is not _CACHED_NO_EXIST)
-            if file == str(POOLING_FILE):  # most have none
-                if unknown and pooling == "auto":
-                    raise FileNotFoundError(f"--model {name}: no {file} in the cache, and the hub does not "
-                                            "answer; choose by --pooling first or mean") from None
-                return None
-            if unknown:
-                raise
-            raise FileNotFoundError(f"--model {name}: on the hub it has no {file}") from None
-
     try:
-        files = "config.json", "tokenizer.json", "model.safetensors", str(POOLING_FILE)
-        return [fetch(file) for file in files][0].parent
+        for file in ("model.safetensors", "tokenizer.json", str(POOLING_FILE), "config.json"):
+            try:
+                path = Path(hf_hub_download(name, file))
+            except EntryNotFoundError as error:
+                unknown = isinstance(error, LocalEntryNotFoundError) and (  # the hub cannot be reached
+                    try_to_load_from_cache(name, file) is not _CACHED_NO_EXIST)
+                if file != str(POOLING_FILE) or unknown and pooling == "auto":  # most have no pooling file
+                    raise
+        return path.parent
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and httpx's are among these
-        if str(error).startswith("--model"):
-            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"--model {name}: no such folder, and the hub does not give it ({reason}); "
-                                "give --model the path of a local folder with the checkpoint") from None
+        choose = ", or choose by --pooling first or mean" * (file == str(POOLING_FILE))
+        raise FileNotFoundError(f"--model {name}: no such folder, and the hub does not give {file} ({reason});"
+                                f" give --model the path of a local folder with it{choose}") from None
 
 
 def read_tokenizer(path, vocab_size):
@@ -260,8 +243,7 @@ def read_safetensors(path):
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         if size < 8 or header_size > size - 8:
-            raise ValueError(f"{path}: not a whole safetensors file: {size} bytes, "
-                             f"header of {header_size}")
+            raise ValueError(f"{path}: not a whole safetensors file: {size} bytes, header of {header_size}")
         data_size = size - 8 - header_size
         try:
             header = json.loads(file.read(header_size).decode("utf-8"))
@@ -274,8 +256,7 @@ def read_safetensors(path):
                     raise ValueError(f"tensor {name!r} has a shape or an offset that is no integer")
                 entries.append((name, SAFETENSORS_DTYPES[entry["dtype"]], shape, begin, end))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{path}: broken safetensors header "
-                             f"({type(error).__name__}: {error})") from None
+            raise ValueError(f"{path}: broken safetensors header ({type(error).__name__}: {error})") from None
         tensors = {}
         for name, dtype, shape, begin, end in entries:
             needed = math.prod(shape) * dtype.itemsize
@@ -297,8 +278,7 @@ def write_safetensors(path, tensors):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [begin, end]}
+        header[name] = {"dtype": codes[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
     head = json.dumps(header).encode("utf-8")
     head += b" " * (-len(head) % 8)  # the data start at a multiple of 8 bytes
     with write_whole(path) as file:

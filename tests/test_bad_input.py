@@ -85,10 +85,10 @@ FILES = [
     ({"train.csv": "text,label\n" + rows("a", "a", "a")}, "'a' is its only label"),
     ({"train.csv": "text,label\n" + rows(*"ababab", "c")},
      "train.csv, line 8: the end; there is no val file, and a tenth of the 7 rows is too few for validation; "
-     "expected 20 rows or more, or a val file"),
+     "expected 20 rows or more, or add a val file"),
     ({"train.csv": "text,label\n" + rows(*"a" * 20, *"b" * 20)},
      "train.csv, line 41: the end; there is no val file, and all of the last tenth of the 40 rows, to be "
-     "validation, is b; put the rows in random order or add a val "),
+     "validation, is b; put the rows in random order, or add a val "),
     ({"train.csv": "text,label\n" + rows(*"ab" * 10) + "a good film,Ab \n" + rows(*["ab", "b"] * 10)},
      "train.csv, line 22: label 'Ab' occurs once, of the text 'a good film', and 'ab' 10 times; correct it, "
      "or, if it is a class of its own, add rows of it"),
