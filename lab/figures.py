@@ -42,9 +42,8 @@ def of_units(results, name, units):
 
 
 def metrics(out, name, unit):
-    """Lines of metrics.jsonl of a run."""
-    path = out / "runs" / f"{name}-{unit}" / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Records of a run's metrics.jsonl."""
+    return [*map(json.loads, (out / "runs" / f"{name}-{unit}" / "metrics.jsonl").open(encoding="utf-8"))]
 
 
 def head_norms(out, results, units):
@@ -193,18 +192,21 @@ def make_all(out, results, units):
     (out / "figures").mkdir(exist_ok=True)
     drawn, problems = {}, []
     for title, (file, draw, caption) in FIGURES.items():
-        paths = [out / "figures" / f"{file}.{kind}" for kind in ("svg", "png")]
         try:
-            with plt.rc_context(STYLE):
-                figure = draw(out, results, units)
-                figure.savefig(paths[0], metadata={"Date": None})
-                figure.savefig(paths[1], dpi=150)
+            save(out / "figures" / file, draw, out, results, units)
             drawn[title] = file, caption
         except (ValueError, OSError, KeyError, IndexError, EOFError, BadZipFile) as error:  # lost or cut
-            for path in paths:  # of other runs, perhaps
-                path.unlink(missing_ok=True)
+            for path in (out / "figures").glob(f"{file}.*"):  # of other runs, perhaps
+                path.unlink()
             missing = "a run has no " if isinstance(error, KeyError) else ""
             problems.append(f"{title}: {missing}{str(error) or type(error).__name__}")
-        finally:
-            plt.close("all")
     return drawn, problems
+
+
+def save(path, draw, *what):
+    """The figure that draw(*what) gives, as .svg and .png."""
+    with plt.rc_context(STYLE):
+        figure = draw(*what)
+        figure.savefig(f"{path}.svg", metadata={"Date": None})
+        figure.savefig(f"{path}.png", dpi=150)
+        plt.close(figure)

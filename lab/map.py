@@ -18,7 +18,7 @@ import numpy as np
 
 from lab import reproduce
 from lab.claims import paired_t
-from lab.figures import COLOURS, STYLE
+from lab.figures import COLOURS, save
 from lab.runs import METHODS, read_results
 from plumbing.files import write_text
 from plumbing.flags import Failed, Parser, exit_status
@@ -65,7 +65,7 @@ def collect(results, tasks, units):
     return found
 
 
-def draw(found, measures, units):
+def draw(found, measures):
     """Rows are measures, columns tasks."""
     figure, axes = plt.subplots(len(measures), len(found), figsize=(3.3 * len(found), 2.7 * len(measures)),
                                 squeeze=False, sharex=True, sharey="row")
@@ -103,10 +103,7 @@ def make_map(args, tasks):
     found = collect(read_results(args.out, runs), tasks, args.units)
     write_text(args.out / "map.json", json.dumps({"languages": args.units, "tasks": found}) + "\n")
     for file, measures in MEASURES.items():
-        with plt.rc_context(STYLE):
-            figure = draw(found, measures, args.units)
-            figure.savefig(args.out / f"{file}.svg", metadata={"Date": None})
-            figure.savefig(args.out / f"{file}.png", dpi=150)
+        save(args.out / file, draw, found, measures)
     print(f"map: {args.out / 'map.png'}, {args.out / 'map-mechanism.png'}, {args.out / 'map.json'}")
     if failed:
         raise Failed(f"{len(failed)} runs failed, so points are missing; the same command tries them again")

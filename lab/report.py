@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 import markdown
+from markdown.extensions.toc import slugify
 
 from data.tiny import TASKS
 from lab import figures
@@ -37,46 +38,43 @@ PICTURE = "Accuracy against the learning rate"
 # ---------------------------------------------------------------------------- tables
 
 
+HEAD = {"Norm(C) at the start": "head_norm_initial", "Norm(C)": "head_norm", "Diff(C)": "head_diff"}
+FEATURES = {"CS(F)": "cs", "Diff(F)": "diff", "FDR(F)": "fdr", "Norm(F)": "norm"}
+KERNEL = {"rank": "rank", "Frobenius norm": "frobenius", "regression, train": "train_accuracy",
+          "regression, test": "test_accuracy", "per logit, train": "train_logit_accuracy",
+          "per logit, test": "test_logit_accuracy"}
+ERRORS = {"ECE": "ece", "ECE with T": "ece_scaled", "MCE": "mce", "MCE with T": "mce_scaled"}
+
+
 def tables(metric, splits, factors):
-    """{title: [(row, {column: (run name without its unit, keys into result.json)})]}."""
-    def row(label, *keys):
-        return label, {name: (name, keys) for name in METHODS}
+    """{title: {row: {column: (run name without its unit, *keys into result.json)}}}."""
+    def of_methods(*keys):
+        return {name: (name, *keys) for name in METHODS}
 
-    def by_split(*kinds):  # (label, group, key in it)
-        return [row(f"{label}, {split}", group, split, key)
-                for split in splits for label, group, key in kinds]
-
-    features = (("CS(F)", "cs"), ("Diff(F)", "diff"), ("FDR(F)", "fdr"), ("Norm(F)", "norm"))
-    before = {"pre-trained": {f"{label}, {split}": ("LP", ("features_pretrained", split, key))
-                              for split in splits for label, key in features}}
-    kernel = (("rank", "rank"), ("Frobenius norm", "frobenius"), ("regression, train", "train_accuracy"),
-              ("regression, test", "test_accuracy"), ("per logit, train", "train_logit_accuracy"),
-              ("per logit, test", "test_logit_accuracy"))
-    scales = [(f"{name} × {factor:g}", {
-        split: (scaled(name, factor), ("features", split, "diff")) for split in splits})
-        for name in ("FT", "LP-FT") for factor in factors if len(factors) > 1]
     return {
-        f"{metric.capitalize()} (Tables 8, 10, 16)": [row(split, metric, split) for split in splits],
-        "Features (Tables 1, 11, 12)": [
-            (label, {"pre-trained": before["pre-trained"][label]} | cells)
-            for label, cells in by_split(*((label, "features", key) for label, key in features))],
-        "Head (Table 13)": [row("Norm(C) at the start", "head_norm_initial"), row("Norm(C)", "head_norm"),
-                            row("Diff(C)", "head_diff")],
-        "Kernel at the start of the FT stage (Tables 2, 9)": [
-            row(f"{label}, {part}", "ntk", part, key) for part in ("P", "F", "Theta") for label, key in kernel
-        ] + [row("FT ratio", "ntk", "ft_ratio")],
-        "Calibration (Tables 3, 14, 15)": [row("T", "temperature")] + by_split(
-            ("ECE", "calibration", "ece"), ("ECE with T", "calibration", "ece_scaled"),
-            ("MCE", "calibration", "mce"), ("MCE with T", "calibration", "mce_scaled")),
-        "Diff(F) by factor on the starting head (Fig. 3, 10, 11)": scales,
+        f"{metric.capitalize()} (Tables 8, 10, 16)": {split: of_methods(metric, split) for split in splits},
+        "Features (Tables 1, 11, 12)": {
+            f"{label}, {split}": {"pre-trained": ("LP", "features_pretrained", split, key)}
+            | of_methods("features", split, key) for split in splits for label, key in FEATURES.items()},
+        "Head (Table 13)": {label: of_methods(key) for label, key in HEAD.items()},
+        "Kernel at the start of the FT stage (Tables 2, 9)": {
+            f"{label}, {part}": of_methods("ntk", part, key)
+            for part in ("P", "F", "Theta") for label, key in KERNEL.items()}
+        | {"FT ratio": of_methods("ntk", "ft_ratio")},
+        "Calibration (Tables 3, 14, 15)": {"T": of_methods("temperature")} | {
+            f"{label}, {split}": of_methods("calibration", split, key)
+            for split in splits for label, key in ERRORS.items()},
+        "Diff(F) by factor on the starting head (Fig. 3, 10, 11)": {
+            f"{name} × {factor:g}": {s: (scaled(name, factor), "features", s, "diff") for s in splits}
+            for name in ("FT", "LP-FT") for factor in factors if len(factors) > 1},
     }
 
 
 def fill(rows, results, units):
     """{row: {column: {mean, std, values, runs, key}}} of what every unit has."""
     table = {}
-    for row, columns in rows:
-        for column, (name, keys) in columns.items():
+    for row, columns in rows.items():
+        for column, (name, *keys) in columns.items():
             found = {f"{name}-{unit}": look_up(results.get(f"{name}-{unit}"), *keys) for unit in units}
             if None not in found.values():
                 table.setdefault(row, {})[column] = {
@@ -149,13 +147,12 @@ def write_report(out):
     if "test" not in splits:
         raise ValueError(f"{out}: its runs have no test split, which tables and claims are about")
     judged = judge(out, plan, results)
-    filled = {title: fill(rows, results, units)
-              for title, rows in tables(metric, splits, scales_of(results)).items()}
-    filled = {title: table for title, table in filled.items() if table}
+    filled = {title: table for title, rows in tables(metric, splits, scales_of(results)).items()
+              if (table := fill(rows, results, units))}
     drawn, problems = figures.make_all(out, results, units)
     if first.get("data") in TASKS and (out.parent / "map" / "map.svg").is_file():  # of lab.map
-        for kind in ("svg", "png"):
-            shutil.copy(out.parent / "map" / f"map.{kind}", out / "figures")
+        for path in (out.parent / "map").glob("map.???"):  # svg, png
+            shutil.copy(path, out / "figures")
         drawn = {PICTURE: ("map", "FT and LoRA fail at low rates, the more so the fewer the labels, and more "
                            "out of distribution (above) than in it (below). After LP every rate works. "
                            "Bands: 95 % intervals of the mean over languages.")} | drawn
@@ -201,12 +198,9 @@ def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, proble
     sections["Commands"] = (
         f"All of it: `{plan['command']}`. One run of each kind, $unit is {plan['units'][0]} to "
         f"{plan['units'][-1]}.{made * (unit == 'language')}\n\n{commands(plan)}")
-    anchors = {title: re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
-               for title in (*picture, "Words", *sections)}
 
     def shown(parts):
-        return "\n\n".join(f'<a id="{anchors[title]}"></a>\n\n## {title}\n\n{body}'
-                           for title, body in parts.items())
+        return "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items())
 
     how = "chosen on validation, in two units of their own" if plan["tuning"] else "given"
     encoder = f" with the encoder `{Path(str(first.get('model'))).name}`" * (unit == "seed")
@@ -218,8 +212,8 @@ def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, proble
         rates=f"{how}: " + "; ".join(
             f"{name} {config['lr']:g} (batch {config.get('batch_size')}, {config.get('epochs')} epochs)"
             for name, config in used.items() if "lr" in config),
-        contents=" · ".join(f"[{title}](#{anchor})" for title, anchor in anchors.items()),
-        picture=shown(picture), words=shown({"Words": ""}), rest=shown(sections))
+        contents=" · ".join(f"[{t}](#{slugify(t, '-')})" for t in (*picture, "Words", *sections)),
+        picture=shown(picture), rest=shown(sections))
 
 
 def as_html(text, out):
@@ -228,7 +222,8 @@ def as_html(text, out):
         data = base64.b64encode((out / f"{match[1]}.svg").read_bytes()).decode()
         return f'src="data:image/svg+xml;base64,{data}"'
 
-    body = re.sub(r'src="(figures/[\w-]+)\.png"', inside, markdown.markdown(text, extensions=["tables"]))
+    body = markdown.markdown(text, extensions=["tables", "toc"])
+    body = re.sub(r'src="(figures/[\w-]+)\.png"', inside, body)
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=width=device-width>"
             f"<title>LP-FT: seven claims, measured</title><style>{STYLE.read_text()}</style>"
             f"<body>{body}</body></html>\n")

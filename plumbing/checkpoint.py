@@ -206,8 +206,8 @@ def download_checkpoint(name, pooling):
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and httpx's are among these
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         choose = ", or choose by --pooling first or mean" * (file == str(POOLING_FILE))
-        raise FileNotFoundError(f"--model {name}: no such folder, and the hub does not give {file} ({reason});"
-                                f" give --model the path of a local folder with it{choose}") from None
+        raise FileNotFoundError(f"--model {name}: no such folder, and the hub does not give {file} ({reason}"
+                                f"); give --model the path of a local folder with it{choose}") from None
 
 
 def read_tokenizer(path, vocab_size):

@@ -114,8 +114,8 @@ def test_the_report_stands_alone(folder, written):
     text, page = (folder / "report.md").read_text(), (folder / "report.html").read_text()
     first = text.split("\n\n")[1]
     assert "Tomihari" in first and "LP-FT" in first and "RoBERTa-base" in first
-    for anchor in re.findall(r"\]\(#([\w-]+)\)", text):
-        assert f'<a id="{anchor}"></a>' in text
+    anchors = re.findall(r"\]\(#([\w-]+)\)", text)
+    assert len(anchors) == text.count("\n## ") and all(f'id="{anchor}"' in page for anchor in anchors)
     line, = [line for line in text.splitlines() if line.startswith("| LP-FT | `OMP_NUM_THREADS=1 python train.py")]
     assert "--seed $unit" in line and "--ntk 20" in line
     assert any(line.startswith("| FT-scale10 | ") and "--head-scale 10" in line for line in text.splitlines())
