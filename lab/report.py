@@ -14,6 +14,7 @@ import shutil
 import statistics
 from pathlib import Path
 
+import jinja2
 import markdown
 from markdown.extensions.toc import slugify
 
@@ -24,15 +25,7 @@ from lab.runs import (METHODS, by_rate, complete_units, last_error, look_up, rea
                       scales_of, tuning_scores)
 from plumbing.files import read_json, write_text
 
-TINY = ("Texts are generated reviews, negative, neutral or positive: train, val and test of gadgets, out of "
-        "distribution of films, hotels and meals. ")
-UNITS = {"language": "A unit is a language: its own word preferences, its own pre-trained encoder, its own "
-                     "texts and labels. So an interval says what happens in another language of the kind.",
-         "seed": "A unit is a seed: head, LoRA, dropout, order and the drawn samples. The intervals of what "
-                 "is made of predictions have the chance of the test texts, too (bootstrap). Nothing is said "
-                 "about another data set or encoder."}
 PAGE, STYLE = (Path(__file__).with_name(f"page.{kind}") for kind in ("md", "css"))
-PICTURE = "Accuracy against the learning rate"
 
 
 # ---------------------------------------------------------------------------- tables
@@ -150,15 +143,18 @@ def write_report(out):
     filled = {title: table for title, rows in tables(metric, splits, scales_of(results)).items()
               if (table := fill(rows, results, units))}
     drawn, problems = figures.make_all(out, results, units)
+    picture = {}
     if first.get("data") in TASKS and (out.parent / "map" / "map.svg").is_file():  # of lab.map
         for path in (out.parent / "map").glob("map.???"):  # svg, png
             shutil.copy(path, out / "figures")
-        drawn = {PICTURE: ("map", "FT and LoRA fail at low rates, the more so the fewer the labels, and more "
-                           "out of distribution (above) than in it (below). After LP every rate works. "
-                           "Bands: 95 % intervals of the mean over languages.")} | drawn
+        picture = {"Accuracy against the learning rate": (
+            "map", "FT and LoRA fail at low rates, the more so the fewer the labels, and more out of "
+            "distribution (above) than in it (below). After LP every rate works. Bands: 95 % intervals of the"
+            " mean over languages.")}
     write_text(out / "claims.json", json.dumps(judged, indent=1) + "\n")
     write_text(out / "tables.json", json.dumps({"units": units, "tables": filled}, indent=1) + "\n")
-    text = as_markdown(out, plan, results, tuning, units, judged, filled, drawn, problems)
+    text = as_markdown(out, plan, results, units, judged=judged, tables=filled, map=picture, drawn=drawn,
+                       problems=problems, tuning=tuning)
     write_text(out / "report.md", text)
     write_text(out / "report.html", as_html(text, out))
     for i, claim in enumerate(judged, 1):
@@ -167,53 +163,19 @@ def write_report(out):
                      f"report: {out / 'report.html'}, {out / 'report.md'}"]))
 
 
-def as_markdown(out, plan, results, tuning, units, judged, filled, drawn, problems):
-    """page.md, filled in."""
-    first, unit = results[f"LP-{units[0]}"], plan["unit"]
-    used = {name: read_json(out / "runs" / f"{name}-{units[0]}" / "config.json") for name in METHODS}
-    missing = [f"{name} ({last_error(out / 'runs' / f'{name}.log') or 'not finished'})"
-               for name in plan["runs"] if name not in results]
-    unfit = [f"{run} ({result['temperature_reason']})" for run, result in results.items()
-             if result.get("temperature_reason")]
-    notes = [f"Not finished, so left out: {', '.join(missing)}."] * bool(missing) + [
-        f"No temperature could be fitted in {', '.join(unfit)} (T is 1 there)."] * bool(unfit) + [
-        f"Not drawn: {problem}." for problem in problems]
-    sections = {title: f"![{title}](figures/{file}.png)\n\n*{caption}*"
-                for title, (file, caption) in drawn.items()}
-    picture = {PICTURE: sections.pop(PICTURE)} if PICTURE in sections else {}
-    numbered = [*enumerate(judged, 1)]
-    sections = {"The seven claims": grid(
-        ["what the paper says", "what is measured", "mean (95 % interval)", "verdict", "why"],
-        [[f"{i}. {claim['says']}", f"{claim['primary']['measure']}, above {claim['primary']['bound']:g}?",
-          interval(claim["primary"]), f"**{claim['primary']['verdict']}**", claim["why"]]
-         for i, claim in numbered])} | sections
-    sections["Further numbers of the claims"] = grid(
-        ["claim", "measured", "mean (95 % interval)"],
-        [[f"{i}", part["measure"], interval(part)] for i, claim in numbered for part in claim["parts"]])
-    sections |= {title: table_grid(table) for title, table in filled.items()}
-    if plan["tuning"]:
-        sections["Learning rates: mean validation score"] = tuning_grid(tuning, plan) + (
-            "\n\nWhere the chosen rate is the first or the last, one beyond it may be better.")
-    made = " Encoders of languages above 0 are made by `python -m lab.pretrain --seed $unit --out DIR`."
-    sections["Commands"] = (
-        f"All of it: `{plan['command']}`. One run of each kind, $unit is {plan['units'][0]} to "
-        f"{plan['units'][-1]}.{made * (unit == 'language')}\n\n{commands(plan)}")
-
-    def shown(parts):
-        return "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items())
-
-    how = "chosen on validation, in two units of their own" if plan["tuning"] else "given"
-    encoder = f" with the encoder `{Path(str(first.get('model'))).name}`" * (unit == "seed")
-    return PAGE.read_text(encoding="utf-8").format(
-        task=f"the task `{Path(str(first.get('data'))).name}`{encoder}", units=f"{len(units)} {unit}s",
-        unit=UNITS[unit], texts=TINY * (first.get("data") in TASKS), notes="\n".join(notes),
-        samples=", ".join(f"{split} {count}" for split, count in first.get("samples", {}).items()),
-        short="; ".join(f"claim {i} {claim['primary']['verdict']}" for i, claim in numbered),
-        rates=f"{how}: " + "; ".join(
-            f"{name} {config['lr']:g} (batch {config.get('batch_size')}, {config.get('epochs')} epochs)"
-            for name, config in used.items() if "lr" in config),
-        contents=" · ".join(f"[{t}](#{slugify(t, '-')})" for t in (*picture, "Words", *sections)),
-        picture=shown(picture), rest=shown(sections))
+def as_markdown(out, plan, results, units, **more):
+    """page.md, filled in; it calls functions of this module."""
+    page = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
+    page.filters["cell"] = lambda text: text.replace("|", "\\|")
+    text = page.from_string(PAGE.read_text(encoding="utf-8")).render(globals() | more | {
+        "plan": plan, "units": units, "first": results[f"LP-{units[0]}"],
+        "used": {name: read_json(out / "runs" / f"{name}-{units[0]}" / "config.json") for name in METHODS},
+        "missing": {name: last_error(out / "runs" / f"{name}.log") or "not finished"
+                    for name in plan["runs"] if name not in results},
+        "unfit": {run: result["temperature_reason"] for run, result in results.items()
+                  if result.get("temperature_reason")}})
+    titles = re.findall("^## (.*)$", text, re.MULTILINE)
+    return text.replace("CONTENTS", " · ".join(f"[{title}](#{slugify(title, '-')})" for title in titles))
 
 
 def as_html(text, out):
