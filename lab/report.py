@@ -168,8 +168,8 @@ def as_markdown(out, plan, results, units, **more):
     page = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
     page.filters["cell"] = lambda text: text.replace("|", "\\|")
     text = page.from_string(PAGE.read_text(encoding="utf-8")).render(more | {
-        "Path": Path, "TASKS": TASKS, "interval": interval, "table_grid": table_grid, "commands": commands(plan),
-        "tuning_grid": tuning_grid,
+        "Path": Path, "TASKS": TASKS, "commands": commands(plan), "interval": interval,
+        "table_grid": table_grid, "tuning_grid": tuning_grid,
         "plan": plan, "units": units, "first": results[f"LP-{units[0]}"],
         "used": {name: read_json(out / "runs" / f"{name}-{units[0]}" / "config.json") for name in METHODS},
         "missing": {name: last_error(out / "runs" / f"{name}.log") or "not finished"
