@@ -32,17 +32,15 @@ CHUNK = 10_000  # lines; sorted by length within, so that batches hold little pa
 def parse_args(argv=None):
     parser = Parser("predict.py", description="Classify lines of text with a finished run of train.py.",
                     epilog="Example: echo 'the screen was good .' | python predict.py RUN_DIR")
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder that train.py printed")
-    parser.add_argument("file", type=Path, nargs="?", metavar="FILE",
-                        help="UTF-8, one sample a line; the two texts of a pair with a tab between (default: "
-                             "standard input)")
-    parser.add_argument("--format", choices=("tsv", "jsonl"), default="tsv",
-                        help="tsv: a header, then label and one probability per class; jsonl: {label, "
-                             "probabilities} (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N",
-                        help="samples at once (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                        help="auto takes cuda, else mps, else cpu (default: %(default)s)")
+    add = parser.add_argument
+    add("run_dir", type=Path, metavar="RUN_DIR", help="the folder that train.py printed")
+    add("file", type=Path, nargs="?", metavar="FILE", help="UTF-8, one sample a line; the texts of a pair "
+        "with a tab between (default: standard input)")
+    add("--format", choices=("tsv", "jsonl"), default="tsv", help="tsv: a header, then label and one "
+        "probability per class; jsonl: {label, probabilities} (default: tsv)")
+    add("--batch-size", type=int, default=64, metavar="N", help="samples at once (default: 64)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="auto takes cuda, else mps, else cpu (default: auto)")
     args = parser.parse_intermixed_args(argv)  # flags between RUN_DIR and FILE, too
     if args.batch_size < 1:
         parser.error(f"--batch-size is {args.batch_size}; expected 1 or more")
@@ -54,8 +52,8 @@ def read_texts(lines, name, pairs):
     for number, line in enumerate(decode_lines(lines, name), 1):
         cells = line.rstrip("\r\n").split("\t") if pairs else [line.rstrip("\r\n"), None]
         if len(cells) != 2:
-            raise ValueError(f"{name}, line {number}: {len(cells)} texts; this run was trained on pairs, so "
-                             "expected are two with a tab between")
+            raise ValueError(f"{name}, line {number}: {len(cells)} texts; this run was trained on pairs: "
+                             "expected two with a tab between")
         if any(text is not None and not text.strip() for text in cells):
             raise ValueError(f"{name}, line {number}: an empty text")
         yield *cells, 0
@@ -65,11 +63,9 @@ def write_predictions(out, labels, probabilities, form):
     """One line per row of probabilities (N, C)."""
     for row in probabilities.tolist():
         label = labels[row.index(max(row))]
-        if form == "jsonl":
-            content = {"label": label, "probabilities": {k: round(p, 6) for k, p in zip(labels, row)}}
-            out.write(json.dumps(content, ensure_ascii=False) + "\n")
-        else:
-            out.write("\t".join([label] + [f"{p:.6f}" for p in row]) + "\n")
+        content = {"label": label, "probabilities": {k: round(p, 6) for k, p in zip(labels, row)}}
+        print(json.dumps(content, ensure_ascii=False) if form == "jsonl" else
+              "\t".join([label] + [f"{p:.6f}" for p in row]), file=out)
 
 
 def run(args):
@@ -84,9 +80,8 @@ def run(args):
     if args.file is not None and (args.file.is_dir() or not args.file.exists()):
         what = "is a folder" if args.file.is_dir() else "no such file"
         raise ValueError(f"{args.file}: {what}; expected a file of texts")
-    lines = sys.stdin.buffer if args.file is None else open(args.file, "rb")
-    rows = read_texts(lines, "standard input" if args.file is None else args.file, settings["pairs"])
-    labels = settings["labels"]
+    lines, name = (open(args.file, "rb"), args.file) if args.file else (sys.stdin.buffer, "standard input")
+    rows, labels = read_texts(lines, name, settings["pairs"]), settings["labels"]
     if args.format == "tsv":
         print("\t".join(["label", *labels]))
     failed, unknown, tokens = None, 0, 0

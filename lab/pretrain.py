@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import encode, evaluation_batches, tiny
 from lpft import accuracy, fit_linear_probe, predict, set_head
-from model import Classifier, Encoder, EncoderConfig, SelfAttention, init_weights
+from model import Classifier, Encoder, EncoderConfig, init_weights
 from plumbing.checkpoint import save_pretrained
 from plumbing.files import read_json, write_json
 from plumbing.flags import Failed, Parser, exit_status
@@ -101,13 +101,9 @@ def pretrain(settings):
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     torch.set_num_threads(threads)
-    encoder.config = config
-    for module in encoder.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = config.hidden_dropout_prob
-        if isinstance(module, SelfAttention):
-            module.dropout = config.attention_probs_dropout_prob
-    return encoder
+    trained = Encoder(config)  # with dropout
+    trained.load_state_dict(encoder.state_dict())
+    return trained
 
 
 def pretrain_step(language_model, batch, settings):

@@ -35,9 +35,7 @@ def to_device(batch, device):
 
 
 def padding(device):
-    """Batches are as long as a multiple of this: for every new shape a GPU first looks for its fastest
-    kernels.
-    """
+    """Batches are as long as a multiple of this: a GPU looks for its fastest kernels for every new shape."""
     return 8 if device.type == "cuda" else 1
 
 
@@ -67,8 +65,7 @@ class OutOfMemory(MemoryError):
 
 @contextmanager
 def memory_advice(advice):
-    """Where memory runs out, OutOfMemory with what to lower; advice from further inside is better and stays.
-    """
+    """Where memory runs out, OutOfMemory with what to lower; advice from further inside stays."""
     try:
         yield
     except OutOfMemory:

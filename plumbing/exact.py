@@ -68,9 +68,7 @@ def check_exactness(model, *batch_lists):
 
 
 def print_size(model, layers, batches, N, r):
-    """N, C, r, p, and about how much memory is needed beside the activations of one batch; layers of each
-    block.
-    """
+    """N, C, r, p, and about how much memory it takes beside one batch's activations; layers of each block."""
     C, h = model.head.weight.shape
     R = sum(len(b["input_ids"]) for b in batches)
     size = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)

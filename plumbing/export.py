@@ -5,7 +5,6 @@
 
 Apart from `train.py` because `predict.py` reads what is written here.
 """
-
 import copy
 import json
 import math
@@ -23,11 +22,9 @@ from plumbing.files import read_json, write_arrays, write_json, write_text
 
 def lora_settings(encoder):
     """(r, lora_alpha) of an encoder with LoRA, else None."""
-    module = next((m for m in encoder.modules() if isinstance(m, LoRALinear)), None)
-    if module is None:
-        return None
-    r = module.lora_A.out_features
-    return r, module.scaling * r
+    for module in encoder.modules():
+        if isinstance(module, LoRALinear):
+            return module.lora_A.out_features, module.scaling * module.lora_A.out_features
 
 
 def save_classifier(folder, model, tokenizer, task, temperature, max_length, data, temperature_reason=None):
@@ -108,7 +105,6 @@ def export_classifier(folder, model, tokenizer, task, temperature, max_length, b
     tokenizer.json, tokenizer_config.json AutoTokenizer.from_pretrained(folder)
     head.safetensors                      weight V (C, h), bias b (C,), temperature ()
     adapter/                              with LoRA: PeftModel.from_pretrained(encoder, it)
-
     1_Pooling/config.json                 if phi is the mean over tokens
 
     softmax((V phi + b) / temperature), with phi the last hidden state of the first token or the mean over

@@ -1,6 +1,4 @@
-"""Files that are whole or absent: text, JSON, arrays, tensors with a checksum; only tensors are loaded, never
-code.
-"""
+"""Files that are whole or absent: text, JSON, arrays, tensors with a checksum. Code is never loaded."""
 
 import hashlib
 import io
@@ -37,17 +35,17 @@ def write_text(path, text):
 
 
 def write_lines(path, records, indent=None):
-    """One JSON value a line."""
-    write_text(path, "".join(json.dumps(record, indent=indent) + "\n" for record in records))
-
-
-def write_json(path, content):
-    def plain(value):  # JSON has no NaN and no infinity: null
+    """One JSON value a line; JSON has no NaN and no infinity: null."""
+    def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    write_lines(path, [plain(content)], indent=2)
+    write_text(path, "".join(json.dumps(plain(record), indent=indent) + "\n" for record in records))
+
+
+def write_json(path, content):
+    write_lines(path, [content], indent=2)
 
 
 def write_arrays(path, **arrays):

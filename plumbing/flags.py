@@ -1,6 +1,4 @@
-"""The command line: refusals in one line, defaults by task, the flags of a run that is resumed, exit
-statuses.
-"""
+"""The command line: refusals in one line, defaults by task, flags of a resumed run, exit statuses."""
 
 import argparse
 import errno
@@ -59,10 +57,10 @@ def read(parser, argv=None):
         return fill_defaults(args)
     if len(argv) > 2 or sum(word.startswith("--") for word in argv) > 1:
         parser.error(f"--resume takes the flags in {args.resume / 'config.json'}; expected no other flag")
-    folder, path = args.resume, args.resume / "config.json"
+    path = args.resume / "config.json"
     try:
         if not path.is_file():
-            raise ValueError(f"--resume {str(folder)[:200]}: holds no config.json; expected a run's folder")
+            raise ValueError(f"--resume {path.parent}: holds no config.json; expected a run's folder")
         config = read_json(path)
         threads, known = config.pop("threads", None), vars(parser.parse_args([])).keys() - {"resume"}
         unknown = config.keys() - known - {"versions"}
@@ -71,10 +69,10 @@ def read(parser, argv=None):
                 f"{min(unknown)[:40]!r} is no flag" if unknown else f"threads is {str(threads)[:20]}"))
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    args = read(parser, [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
-                         for name, value in config.items() if name in known and value is not False])
-    args.out, args.resume, args.threads = folder, folder, threads
-    return args
+    run = read(parser, [f"--{name.replace('_', '-')}" + f"={value}" * (value is not True)
+                        for name, value in config.items() if name in known and value is not False])
+    run.out, run.resume, run.threads = args.resume, args.resume, threads
+    return run
 
 
 def add_common_flags(parser):

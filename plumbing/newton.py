@@ -86,8 +86,7 @@ def conjugate_gradients(matrix_times, right, diagonal, precision):
 
 
 def cross_validate(objective, z, onehot, penalty, fold_of, strengths, scoring):
-    """Score of each strength, "accuracy" or "log-loss", summed over the held-out parts of the folds,
-    (strengths,).
+    """Score of each strength, "accuracy" or "log-loss", summed over the folds' held-out parts, (strengths,).
 
     `fold_of` (N,) is the fold that holds a sample out; the other arguments are those of minimise_logistic.
     """

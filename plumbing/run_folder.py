@@ -71,9 +71,7 @@ class RunState:
         return time.monotonic() - self.opened + self.saved.get("seconds", 0.0)
 
     def restore(self, model, optimizer, schedule):
-        """Put the last saved epoch into these three; (history, weights of the best epoch), ([], None) if
-        none.
-        """
+        """Put the last saved epoch into these three; (history, best epoch's weights), ([], None) if none."""
         if "weights" not in self.saved:
             return [], None
         model.load_state_dict(self.saved["weights"], strict=False)  # frozen weights are unchanged
