@@ -21,13 +21,13 @@ from data import corpora, readers
 
 @dataclass
 class Task:
-    """A classification task: encoded splits `train`, `val`, maybe `test`, then any OOD tests."""
+    """A classification task: splits `train`, `val`, maybe `test`, then any OOD tests."""
 
-    splits: dict  # {name: Split}
+    splits: dict  # {name: Split}; from read_task {name: [(text_a, text_b or None, class index), ...]}
     labels: list  # class names, by class index
     metric: str = "accuracy"  # by which epochs are chosen and methods compared; or "matthews"
     pairs: bool = False  # whether a sample is two texts
-    skipped: dict = field(default_factory=dict)  # {name of a file: its rows without text}, see Rows
+    skipped: dict = field(default_factory=dict)  # {name of a file: its rows without text}, only BOSS may have
 
     @property
     def test_names(self):
@@ -108,20 +108,8 @@ def evaluation_batches(lengths, batch_size):
 # ---------------------------------------------------------------------------- tasks
 
 
-@dataclass
-class Rows:
-    """A task's texts, read and checked."""
-
-    splits: dict  # {name: [(text_a, text_b or None, class index), ...]}
-    labels: list  # class names, by class index
-    metric: str
-    pairs: bool
-    skipped: dict  # {name of a file: its rows without text}, which only BOSS may have
-    name: str  # of the task or its folder
-
-
 def read_task(name_or_directory, data_dir=None, language=0):
-    """Read a task as Rows; ValueError or FileNotFoundError for the first bad row.
+    """Read a task's texts; ValueError or FileNotFoundError for the first bad row.
 
     `language`: of the embedded tasks. A task without val gives the last tenth of its training rows to
     validation, unshuffled.
@@ -162,8 +150,7 @@ def read_task(name_or_directory, data_dir=None, language=0):
     if "val" not in splits:
         splits["train"], splits["val"] = last_tenth(splits["train"], rows["train"][-1][0], [*labels.values()])
     order = dict.fromkeys(name for name in ("train", "val", "test", *splits) if name in splits)
-    return Rows({name: splits[name] for name in order}, [*labels.values()], metric, pairs, skipped,
-                str(name_or_directory))
+    return Task({name: splits[name] for name in order}, [*labels.values()], metric, pairs, skipped)
 
 
 def check_rows(rows, labels, pairs):
@@ -195,17 +182,20 @@ def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_t
     """A Task by name (one of tiny.TASKS, or of corpora.CORPORA below data_dir), or of a folder.
 
     max_train keeps that many training samples, drawn with `seed`, in their original order; max_test as many
-    of test and of each OOD split, the same for every seed, and with 0 the task has neither. Instead of a
-    name, Rows that read_task has read. Raises what read_task raises.
+    of test and of each OOD split, the same for every seed, and with 0 the task has neither. Raises what
+    read_task raises, and ValueError if no training sample of a class is left.
     """
-    rows = name_or_directory
-    if not isinstance(rows, Rows):
-        rows = read_task(name_or_directory, data_dir, language)
-    splits = {"train": draw_train(rows, max_train, seed), "val": rows.splits["val"]}
-    splits |= {name: draw(split, max_test, 0) for name, split in rows.splits.items()
-               if name not in splits and max_test != 0}
-    encoded = {name: encode(tokenizer, split, max_length) for name, split in splits.items()}
-    return Task(encoded, rows.labels, rows.metric, rows.pairs, rows.skipped)
+    task = read_task(name_or_directory, data_dir, language)
+    train = draw(task.splits["train"], max_train, seed)
+    if missing := set(range(len(task.labels))) - {index for *_, index in train}:
+        names = readers.listing([task.labels[i] for i in sorted(missing)])
+        how = f" drawn with seed {seed}" * (max_train is not None)
+        raise ValueError(f"{name_or_directory}: the {len(train)} training samples{how} have no {names}; "
+                         "every class needs samples there")
+    splits = {"train": train, "val": task.splits["val"]}
+    splits |= {name: draw(task.splits[name], max_test, 0) for name in task.test_names if max_test != 0}
+    task.splits = {name: encode(tokenizer, split, max_length) for name, split in splits.items()}
+    return task
 
 
 def draw(rows, most, seed):
@@ -214,18 +204,6 @@ def draw(rows, most, seed):
         return rows
     generator = torch.Generator().manual_seed(seed)
     return [rows[i] for i in torch.randperm(len(rows), generator=generator)[:most].sort().values.tolist()]
-
-
-def draw_train(rows, max_train, seed):
-    """At most max_train training rows of Rows, drawn with `seed`; ValueError if a class has none of them."""
-    train = draw(rows.splits["train"], max_train, seed)
-    missing = set(range(len(rows.labels))) - {index for *_, index in train}
-    if missing:
-        names = readers.listing([rows.labels[i] for i in sorted(missing)])
-        how = f" drawn with seed {seed}" * (max_train is not None)
-        raise ValueError(f"{rows.name}: the {len(train)} training samples{how} have no {names}; every class "
-                         "needs samples there")
-    return train
 
 
 def draw_ntk_samples(count, seed, task):
