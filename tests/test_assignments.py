@@ -9,9 +9,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from assignments import __main__ as command
-from assignments import check, grading
+from assignments import check, graders, grading
 from assignments.tasks import ROOT, TASKS, splice
 
 
@@ -34,6 +35,31 @@ def test_every_wrong_solution_and_95_percent_of_mutants_are_caught(task):
     assert check.problems_of(task) == []
     count, alive = check.survivors_of(task)
     assert len(alive) <= 0.05 * count, alive
+
+
+@pytest.mark.parametrize("place, by, tolerance", [((0, 0), 1.0, 1e-5), ((7, 5), 1e-3, 1e-5), ((5, 2), 1e-7, 1e-9),
+                                                  ((3, 1), torch.nan, 1e-5)])
+def test_a_message_shows_an_entry_that_differs(place, by, tolerance):
+    """Wherever in a tensor the difference is, and however small: what is expected and found never look the same."""
+    expected = torch.arange(48.0).double().view(8, 6) / 7 + 1
+    found = expected.clone()
+    found[place] += by
+    with pytest.raises(graders.Wrong) as caught:
+        graders.expect(found, expected, "f(x)", tolerance=tolerance)
+    of_first, of_second = (line[9:] for line in str(caught.value).splitlines()[1:3])
+    assert f"at {list(place)}, the first of 1 that differ" in of_first
+    assert float(of_first.split()[0]) == pytest.approx(float(expected[place]), rel=1e-5)
+    assert of_first.split(" at ")[0] != of_second.split(" at ")[0] and f"at {list(place)}, the first" in of_second
+
+
+@pytest.mark.parametrize("found, expected", [
+    (1 / 3, 1 / 3 + 1e-8), (torch.tensor(1 / 3).double(), 1 / 3), (3, 3 + 1e-10), ("x" * 300, "x" * 299 + "y"), (None, torch.zeros(2)),
+    (torch.zeros(2, 8), torch.zeros(8, 2)), ((torch.zeros(2), 1), torch.zeros(2)), ([0.0], torch.zeros(1)), ("0", 0), (torch.nan, 0.0)])
+def test_no_message_shows_the_same_twice(found, expected):
+    with pytest.raises(graders.Wrong) as caught:
+        graders.expect(found, expected, "f(x)", tolerance=1e-12)
+    assert not check.same_twice([{"message": str(caught.value)}])
+    assert check.same_twice([{"message": "called   f(x)\nexpected 0.5\nfound    '0.5'"}])
 
 
 def test_an_open_task_earns_nothing_and_says_where_to_read(open_a4, capsys):
