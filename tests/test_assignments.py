@@ -109,6 +109,23 @@ def test_calling_the_fast_engine_is_not_the_definition():
     assert "this is the project's fast engine" in splice("a6", cheat)[1]
 
 
+def test_an_error_names_the_line_of_the_student_as_it_stands_in_their_file():
+    """Also where a file of the project raises it, or the test that uses the result; the helper moves when spliced."""
+    source = (ROOT / "ntk.py").read_text()
+    first = "    R, r, (out, width) = sum(map(len, a)), g[0].shape[1], layer.weight.shape\n"
+    helper = "def helper(kernel, J):\n    exact.add_gram(kernel, J)\n\n\n"
+    theirs = source.replace(first, "    helper(kernel, torch.ones(9, 2))\n").replace("def linear_kernel", helper + "def linear_kernel")
+    theirs = theirs.replace("def initial_deltas", "\n\ndef initial_deltas").replace("return torch.einsum(\"nrth", "return  # einsum(\"nrth")
+    spliced, wrong = splice("a7", theirs)
+    results = grading.run_tests("a7", spliced, 0, theirs=theirs)
+    assert wrong is None and [r["earned"] for r in results[:4]] == [0, 0, 0, 0]
+    lines, said = theirs.splitlines(), results[0]["message"].splitlines()
+    for word, text, name in (("at     ", "helper(kernel, torch.ones(9, 2))", "linear_kernel"), ("inside ", "exact.add_gram(kernel, J)", "helper")):
+        number = next(i for i, line in enumerate(lines, 1) if line.strip() == text)
+        assert f"{word}  line {number} of ntk.py, in {name}: {text}" in said
+    assert said[-1].startswith("inside   line ") and "of exact.py, in add_gram: kernel[start:" in said[-1]
+
+
 def test_a_solution_that_never_ends_still_gets_a_result(open_a4, tmp_path, monkeypatch):
     monkeypatch.setattr(grading, "SECONDS", 4)
     folder = tmp_path / "slow"
