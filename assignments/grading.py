@@ -35,7 +35,7 @@ def nothing(task, why):
 
 
 def run_tests(task, source, seed, report=lambda results: None, theirs=None):
-    """The results for the source of a spliced file, in this process; `theirs` is the file as it was handed in."""
+    """The results for the source of a spliced file, in this process; `theirs` is the file as handed in."""
     import torch
 
     name, results = TASKS[task].file.removesuffix(".py"), []
@@ -71,7 +71,8 @@ def failure(test, module, rng, task, source, theirs):
     except Exception as error:  # whatever a student's code does
         if isinstance(error, NotImplementedError) and "see assignments/" in str(error):
             return f"not written yet: {error}"
-        lines = [f"raised   {type(error).__name__}: {error}", *places(error, module, task, source, theirs)]
+        what = " ".join(str(error).split())[:400]
+        lines = [f"raised   {type(error).__name__}: {what}", *places(error, module, task, source, theirs)]
         return "\n".join(lines + getattr(error, "__notes__", []))
 
 
@@ -135,7 +136,8 @@ def write_junit(path, results):
         for r in of:
             case = ElementTree.SubElement(suite, "testcase", classname=task, name=r["name"])
             if r["message"]:
-                last = [x for x in r["message"].splitlines() if not x.startswith(("at ", "inside ", "note "))][-1]
+                lines = r["message"].splitlines()
+                last = [line for line in lines if not line.startswith(("at ", "inside ", "note "))][-1]
                 ElementTree.SubElement(case, "failure", message=last).text = r["message"]
     ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 

@@ -1,4 +1,4 @@
-"""What the tests of a task are written with. They import nothing of the project: they get the student's module.
+"""What the tests of a task are written with. They import nothing of the project: they are given the module.
 
 A test is a function (student, rng) with a docstring, the rule that it checks, and points:
 
@@ -32,7 +32,7 @@ def listed(tensor, count, digits=6):
 
 
 def shown(value, digits=6):
-    """A number, the first entries of a tensor and its shape, or the text of anything else, in few characters."""
+    """A number, the first entries and the shape of a tensor, or the text of anything else; all short."""
     if isinstance(value, torch.Tensor) and value.ndim:
         return f"{listed(value, 9 if value.numel() <= 9 else 4, digits)} of shape {tuple(value.shape)}"
     value = value.item() if isinstance(value, torch.Tensor) else value
@@ -50,7 +50,7 @@ def numbers_of(value):
 
 
 def differing(found, expected, tolerance):
-    """Which entries of two float64 tensors of one shape differ, by `tolerance` of the largest expected one."""
+    """Where two float64 tensors of one shape differ, by `tolerance` of the largest expected entry."""
     error = torch.where(found.isnan() & expected.isnan() | (found == expected), 0.0, (found - expected).abs())
     limit = tolerance * expected.nan_to_num(0).abs().max().clamp(min=1e-12) if expected.numel() else 0.0
     return ~(error <= limit)
@@ -73,7 +73,7 @@ def told_apart(expected, found, tolerance):
     numbers, where = [numbers_of(value) for value in (expected, found)], None
     if None not in numbers and numbers[0].shape == numbers[1].shape and numbers[0].numel() > 9:
         places = differing(*reversed(numbers), tolerance).nonzero().tolist()
-        where = f"at {places[0]}, the first of {len(places)} that differ; all: "
+        where = f"at {places[0]}, the first of {len(places)} that differ, in "
     for digits in range(6, 18):
         texts = [shown(value, digits) for value in (expected, found)]
         if where:
