@@ -30,6 +30,8 @@ MEAN = "the mean, not the sum, over the positions of an id"
 LINEAR = "linear_kernel(kernel (8, 6), layer 3 to 5, a (2, T, 3) twice, g (2, 2, T, 5) twice)"
 
 
+PADDING_ZERO = "padding id 0 is an id too, and `if layer.padding_idx` is false for it; compare with None"
+ALWAYS_ZERO = "id 0 taken for padding, where layer.padding_idx says which id that is"
 def kernel_with(rng, rows, columns):
     """A kernel in which something stands already, in its lower triangle, (R r, N r) float64."""
     return 3 * torch.randn(rows, columns, generator=rng, dtype=torch.double).tril()
@@ -158,7 +160,7 @@ def embedding_inputs(rng, texts, padding=None, r=2):
 def check_embedding(student, rng, texts, padding, columns, what):
     layer, ids, g = embedding_inputs(rng, texts, padding)
     J = rows_of(layer, ids, g)
-    with_padding = rows_of(nn.Embedding(7, 3).double(), ids, g)
+    with_padding, without_0 = (rows_of(nn.Embedding(7, 3, padding_idx=i).double(), ids, g) for i in (None, 0))
     last, divided = [], []
     for x, g_x in zip(ids, g):
         for text, g_text in zip(x.tolist(), g_x):
@@ -171,8 +173,9 @@ def check_embedding(student, rng, texts, padding, columns, what):
                         divided[-1][token] += probe[t] / text.count(token)
     absent = -1 if padding is None else padding
     mixed = [(g_x * (x != absent)[:, None, :, None]).sum(2).flatten(0, 1) for x, g_x in zip(ids, g)]
-    wrong = {PADDING: with_padding, LAST_COUNTS: torch.stack(last).flatten(1), IDS_IGNORED: torch.cat(mixed),
-             MEAN: torch.stack(divided).flatten(1)}
+    wrong = {PADDING_ZERO if padding == 0 else PADDING: with_padding, ALWAYS_ZERO: without_0,
+             LAST_COUNTS: torch.stack(last).flatten(1),
+             IDS_IGNORED: torch.cat(mixed), MEAN: torch.stack(divided).flatten(1)}
     check(student.embedding_kernel, kernel_with(rng, len(J), columns), J, (layer, ids, g),
           f"embedding_kernel(kernel ({len(J)}, {columns}), 7 ids, ids {[x.tolist() for x in ids]}, g){what}",
           {name: gram(rows, columns) for name, rows in wrong.items()}, 2)
@@ -196,10 +199,11 @@ def embedding_sums_repeated_ids(student, rng):
 
 @points(1)
 def padding_has_no_gradient(student, rng):
-    "The row of padding_idx stays 0, however many positions are padded; any id can be padding_idx"
-    v, w, padding = torch.randperm(7, generator=rng)[:3].tolist()
-    check_embedding(student, rng, [[[v, w, padding], [w, padding, padding]], [[padding, v, w, v]], [[v, v]]],
-                    padding, 4, f", padding_idx {padding}")
+    "The row of padding_idx stays 0, however many positions are padded; any id can be padding_idx, 0 as well"
+    v, w, u = (torch.randperm(6, generator=rng)[:3] + 1).tolist()
+    for v, w, padding in ((0, v, w), (v, w, u), (v, w, 0)):
+        check_embedding(student, rng, [[[v, w, padding], [w, padding, padding]], [[padding, v, w, v]],
+                                       [[v, v]]], padding, 4, f", padding_idx {padding}")
 
 
 def tiny(rng):

@@ -93,6 +93,9 @@ def linear_kernel(kernel, layer, a, g):
                 "kto,lto,ti,ti->kl", g_x[:, :T], g_y[:, :T], x[:T], y[:T])
 '''
 WRONG = {
+    a7.PADDING_ZERO: of_embedding(("if v != layer.padding_idx:",
+                                   "if not layer.padding_idx or v != layer.padding_idx:")),
+    a7.ALWAYS_ZERO: of_embedding(("if v != layer.padding_idx:", "if v != 0:")),
     a7.SAME_POSITION: {"linear_kernel": BY_POSITION},
     a7.SUMMED_FIRST: of_linear((J_OF, "torch.outer(probe.sum(0), x.sum(0)).flatten()")),
     a7.WITH_BIAS: of_linear((J_OF, "torch.cat([(probe.T @ x).flatten(), probe.sum(0)])")),
