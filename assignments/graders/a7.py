@@ -34,8 +34,7 @@ PADDING_ZERO = "padding id 0 is an id too, and `if layer.padding_idx` is false f
 ALWAYS_ZERO = "id 0 taken for padding, where layer.padding_idx says which id that is"
 IDS_IGNORED = "summing g over all positions, whatever the id: the rows v of J are mixed up"
 MEAN = "the mean, not the sum, over the positions of an id"
-
-
+ABOVE = "one of your three layer kernels is wrong: mend the checks above first, and this one follows"
 LINEAR = "linear_kernel(kernel (8, 6), layer 3 to 5, a (2, T, 3) twice, g (2, 2, T, 5) twice)"
 
 
@@ -100,10 +99,10 @@ def wrong_of_linear(J, a, g, columns):
     inputs = torch.cat([x.sum(1).repeat_interleave(r, 0) for x in a])  # (R r, in)
     bias = torch.cat([x.sum(2).flatten(0, 1) for x in g])  # (R r, out)
     found = {WITH_BIAS: gram(J, columns) + gram(bias, columns), ONLY_INPUT: gram(inputs, columns),
+             SUMMED_FIRST: gram(inputs, columns) * gram(bias, columns)}
     if {len(x) for x in a} <= {1, r}:  # else an error
         rows = [torch.einsum("nkto,kti->nkoi", y, x.expand(r, -1, -1)).flatten(2) for x, y in zip(a, g)]
         found[A_NOT_LINED_UP] = gram(torch.cat(rows).flatten(0, 1), columns)
-             SUMMED_FIRST: gram(inputs, columns) * gram(bias, columns)}
     if len({x.shape[1] for x in a}) == 1:
         a_rows = torch.cat([x.repeat_interleave(r, 0) for x in a])
         g_rows = torch.cat([x.flatten(0, 1) for x in g])
@@ -163,12 +162,12 @@ def layernorm_multiplies_by_the_normalised_input(student, rng):
                f"layernorm_jacobian(layer of 4, a {tuple(a.shape)}, g {tuple(g.shape)})",
                wrong_of_layernorm(J, layer, a, g))
 
-def wrong_of_layernorm(J, layer, a, g):
 
+def wrong_of_layernorm(J, layer, a, g):
     def with_x_hat(x_hat):
         return (g * x_hat[:, None]).sum(2)
-    centred = a - a.mean(2, keepdim=True)
 
+    centred = a - a.mean(2, keepdim=True)
     x_hat = centred / (a.var(2, correction=0, keepdim=True) + layer.eps).sqrt()
     found = {NOT_NORMALISED: with_x_hat(a), OUTPUT: with_x_hat(layer(a).detach()),
              UNBIASED: with_x_hat(centred / (a.var(2, keepdim=True) + layer.eps).sqrt()),
@@ -258,8 +257,15 @@ def the_engine_gives_f_with_them(student, rng):
     J = torch.stack([torch.cat([g.flatten() for g in torch.autograd.grad(f, trained, retain_graph=True)])
                      for batch in batches + test_batches for f in model(**batch).flatten()])  # (R C, p)
     right = gram(J, 6).view(5, 2, 3, 2)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        found = student.empirical_ntk(model, batches, test_batches)
     called = "empirical_ntk(model of 2 layers, 3 training texts, 2 test texts)"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            found = student.empirical_ntk(model, batches, test_batches)
+    except ArithmeticError as error:
+        raise Wrong(f"first    {ABOVE}\ncalled   {called}\nexpected the F of autograd\n"
+                    f"found    {str(error).partition('. Does')[0]}") from None
+    except Exception as error:
+        error.add_note(f"first    {ABOVE}")
+        raise
     expect(found.ft, right[:3], called + ".ft")
     expect(found.test_ft, right[3:], called + ".test_ft")
