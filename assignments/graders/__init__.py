@@ -101,7 +101,8 @@ def expect(found, expected, called, misconceptions=None, tolerance=1e-5):
     raise Wrong("\n".join(lines))
 
 
-def require(right, called, expected, found):
+def require(right, called, expected, found, misconception=None):
     """Wrong unless `right`: for rules that are no single value."""
     if not right:
-        raise Wrong(f"called   {called}\nexpected {expected}\nfound    {shown(found)}")
+        named = f"\n{GET_BY}{misconception}" if misconception else ""
+        raise Wrong(f"called   {called}\nexpected {expected}\nfound    {shown(found)}{named}")
