@@ -1,10 +1,12 @@
 """The course: its tests know right from wrong, its cuts are clean, and every hand-in gets an answer."""
 
 import csv
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -156,8 +158,22 @@ def test_a_gradescope_folder_has_what_the_harness_calls(tmp_path):
     assert (tmp_path / "box" / "lpft" / "assignments" / "graders" / "a4.py").is_file()
 
 
+def test_the_example_of_a7_gives_what_the_sheet_says(capsys):
+    text = (ROOT / "assignments" / "a7.md").read_text(encoding="utf-8")
+    start = text.index("    import ntk, torch")
+    exec(textwrap.dedent(text[start:text.index("\n\n", start)]), {})
+    assert "[[13., -1.],\n        [-1.,  2.]]" in capsys.readouterr().out and "The kernel is [[13, -1], [-1, 2]]" in text
+
+
+def test_where_the_engine_fails_in_a7_the_kernels_above_are_named_first():
+    wrong = importlib.import_module("assignments.variants.a7").WRONG["the variance divided by h - 1, not by h"]
+    message = check.results_of("a7", wrong)[-1]["message"].splitlines()
+    assert message[1].startswith("first    one of your three layer kernels is wrong") and "Does the model" not in " ".join(message)
+
+
 def test_each_sheet_says_what_to_do_and_where_to_look_next():
     for task in TASKS:
         text = Path(ROOT / "assignments" / f"{task}.md").read_text(encoding="utf-8")
         assert f"python -m assignments grade {task}" in text and "\nThen " in text and text.startswith(f"# {task} ")
+        assert command.next_look(task).endswith(".") and "--" not in command.next_look(task).split("`python train.py")[0]
         assert all(name.split(".")[-1] in text for name in TASKS[task].functions)

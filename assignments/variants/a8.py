@@ -1,6 +1,7 @@
 from assignments.graders.a8 import (ACCURACY, AFTER, BATCH_MEANS, CLIP_EACH, CLIP_VALUES, EVAL, FALSY, FINITE,
                                     FROM_ZERO, KEPT, LAST, LAST_OF_EQUALS, LOWEST_LOSS, NEW_HEAD, NO_BIAS,
-                                    NO_CLIP, NORMALISED, OLD_HEAD, PER_EPOCH, SUM, SUMMED, THAWED, TOO_SOON, WITH_START)
+                                    NO_CLIP, NORMALISED, OLD_HEAD, PER_EPOCH, SUM, SUMMED, THAWED, TOO_SOON,
+                                    WITH_START)
 
 EPOCH = '''
 def train_epoch(model, split, batches, optimizer, schedule):
