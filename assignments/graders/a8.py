@@ -186,8 +186,8 @@ def the_best_epoch_has_the_highest_validation_score(student, rng):
                               for name in (f"val_{metric}", "val_accuracy"))
         lowest = min(history, key=lambda record: record["loss"])["epoch"]
         kept(student, history, metric, expected,
-             {ACCURACY: accuracy, LAST: len(history) - 1, LOWEST_LOSS: lowest,
-              FALSY: falsy(history, f"val_{metric}"), FROM_ZERO: 0})
+             ({FALSY: falsy(history, f"val_{metric}"), FROM_ZERO: 0} if lower else {})
+             | {ACCURACY: accuracy, LAST: len(history) - 1, LOWEST_LOSS: lowest})
 
 
 @points(1)
