@@ -59,8 +59,9 @@ def grade_folders(args):
                     print(f"        {line}")
             earned, possible = (sum(test[key] for test in tests) for key in ("earned", "points"))
             row[task], missing = earned, missing or earned < possible
-            look = f"; next: {next_look(task)}" if earned == possible else ""
-            print(f"{task}    {earned} of {possible} points{look}")
+            print(f"{task}    {earned} of {possible} points")
+            if earned == possible:
+                print(f"      next: the runs in assignments/{task}.md. {next_look(task)}")
         rows.append(row | {"total": sum(value for key, value in row.items() if key != "folder")})
         if args.gradescope:
             write_gradescope(args.gradescope, results)
@@ -75,9 +76,9 @@ def grade_folders(args):
 
 
 def next_look(task):
-    """What the sheet proposes to look at, its line that begins with "Then"."""
-    lines = (ROOT / "assignments" / f"{task}.md").read_text(encoding="utf-8").splitlines()
-    return next((line for line in lines if line.startswith("Then ")), f"assignments/{task}.md")
+    """What the sheet proposes to do after its runs: the lines from "Then" on, up to an empty one."""
+    text = (ROOT / "assignments" / f"{task}.md").read_text(encoding="utf-8")
+    return " ".join(("Then " + text.partition("\nThen ")[2].partition("\n\n")[0]).split())
 
 
 def make_gradescope(names, out):

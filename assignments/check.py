@@ -59,6 +59,15 @@ def results_of(task, functions, seed=0):
         return run_tests(task, spliced, seed)
 
 
+def same_twice(results):
+    """The messages in which "expected" and "found" show the same, of which a student learns nothing."""
+    def texts(message):
+        return [line[9:].strip(" '\"") for word in ("expected ", "found    ") for line in message.splitlines()
+                if line.startswith(word)]
+
+    return [r["message"] for r in results if len(texts(r["message"])) > len({*texts(r["message"])})]
+
+
 def constant(source, name, body):
     """A function with another body."""
     return emptied(source, name, "x").rsplit("raise NotImplementedError", 1)[0] + body + "\n"
@@ -93,12 +102,14 @@ def problems_of(task, most=None):
         demand(earned(results) < total(task), f"the wrong solution '{name}' gets all points")
         demand(any(name in r["message"] for r in results), f"the wrong solution '{name}' is not named: "
                + "; ".join(r["message"] for r in results if r["message"])[:300])
+        demand(not same_twice(results), f"expected and found look the same: {same_twice(results)[:1]}")
     hiding = "try:\n            return 1.0\n        except:\n            pass"
     for what, body in (("empty", "pass"), ("hides errors", hiding), ("None", "return None"),
                        ("zero", "return 0.0"), ("one", "return 1.0"))[:2 if most else None]:
         functions = {name: constant(source, name, body) for name in TASKS[task].functions}
-        points = earned(results_of(task, functions))
-        demand(points == 0, f"a solution that is '{what}' earns {points}")
+        results = results_of(task, functions)
+        demand(earned(results) == 0, f"a solution that is '{what}' earns {earned(results)}")
+        demand(not same_twice(results), f"expected and found look the same: {same_twice(results)[:1]}")
     return found
 
 
@@ -117,10 +128,10 @@ def survivors_of(task):
     for mutant in tqdm(mutants, desc=task, leave=False):
         try:
             with seconds(30):
-                points = earned(run_tests(task, mutation.broken(mutant).decode(), 0))
+                results = run_tests(task, mutation.broken(mutant).decode(), 0)
         except (TimeoutError, SyntaxError):
             continue
-        if points == total(task):
+        if earned(results) == total(task) or same_twice(results):
             alive.append(f"{task}: line {mutant[2]}, {mutant[3]!r} with {mutant[6]!r}")
     return len(mutants), alive
 

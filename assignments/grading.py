@@ -4,16 +4,19 @@ The task's functions come from the student's file, everything else from this pro
 are dicts {name, points, earned, message}; there is always one for each test, whatever happens.
 """
 
+import ast
 import importlib
 import json
+import linecache
 import subprocess
 import sys
 import tempfile
+import traceback
 import types
 from pathlib import Path
 from xml.etree import ElementTree
 
-from assignments.tasks import ROOT, TASKS, splice
+from assignments.tasks import ROOT, TASKS, functions_of, span, splice
 
 SECONDS = 120  # for a task
 
@@ -31,8 +34,8 @@ def nothing(task, why):
             for test in tests_of(task)]
 
 
-def run_tests(task, source, seed, report=lambda results: None):
-    """The results for the source of a spliced file, in this process."""
+def run_tests(task, source, seed, report=lambda results: None, theirs=None):
+    """The results for the source of a spliced file, in this process; `theirs` is the file as handed in."""
     import torch
 
     name, results = TASKS[task].file.removesuffix(".py"), []
@@ -43,7 +46,8 @@ def run_tests(task, source, seed, report=lambda results: None):
         exec(compile(source, module.__file__, "exec"), module.__dict__)
         for number, test in enumerate(tests_of(task)):
             torch.manual_seed(seed)
-            message = failure(test, module, torch.Generator().manual_seed(1000 * seed + number))
+            rng = torch.Generator().manual_seed(1000 * seed + number)
+            message = failure(test, module, rng, task, source, theirs or source)
             rule = " ".join((test.__doc__ or "").split())
             results.append({"name": test.__name__, "points": test.points,
                             "earned": 0 if message else test.points,
@@ -56,20 +60,44 @@ def run_tests(task, source, seed, report=lambda results: None):
     return results
 
 
-def failure(test, module, rng):
+def failure(test, module, rng, task, source, theirs):
     """What the student reads, or None."""
+    from assignments.graders import Wrong
+
     try:
         test(module, rng)
-    except AssertionError as error:
-        return str(error) or "an assertion of the test failed"
-    except NotImplementedError as error:
-        return f"not written yet: {error}"
+    except Wrong as error:
+        return str(error)
     except Exception as error:  # whatever a student's code does
-        where = error.__traceback__
-        while where.tb_next:
-            where = where.tb_next
-        file = Path(where.tb_frame.f_code.co_filename).name
-        return f"raised   {type(error).__name__}: {error} (line {where.tb_lineno} of {file})"
+        if isinstance(error, NotImplementedError) and "see assignments/" in str(error):
+            return f"not written yet: {error}"
+        what = " ".join(str(error).split())[:400]
+        lines = [f"raised   {type(error).__name__}: {what}", *places(error, module, task, source, theirs)]
+        return "\n".join(lines + getattr(error, "__notes__", []))
+
+
+def places(error, module, task, source, theirs):
+    """Where an error was raised: the last line of the task's functions, as handed in, and what that called.
+
+    Where none of these was running, the line of the test that called, or used, what they had given before.
+    """
+    spliced, handed_in = functions_of(ast.parse(source)), functions_of(ast.parse(theirs))
+    at = in_file = last = None
+    theirs_runs = False
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file, function = Path(frame.f_code.co_filename), frame.f_code.co_qualname.partition(".<locals>")[0]
+        here = file == Path(module.__file__)  # the spliced source, which is nowhere on the disk
+        text = (source.splitlines()[line - 1] if here else linecache.getline(str(file), line)).strip()
+        if here and function in spliced and function in handed_in:
+            line += span(handed_in[function])[0] - span(spliced[function])[0]
+        last = f"line {line} of {file.name}, in {function}: {text}"
+        theirs_runs = theirs_runs or here and function in TASKS[task].functions
+        if here and function in TASKS[task].functions or file.parent.name == "graders" and not theirs_runs:
+            at = last
+        in_file = last if here else in_file
+    inside = [text for text in dict.fromkeys((in_file, last)) if text not in (None, at)]
+    return [f"at       {at}", *(f"inside   {text}" for text in inside),
+            *["note     it comes of what your functions gave, or did, before"] * (not theirs_runs)]
 
 
 def grade(task, folder, seed=0):
@@ -108,14 +136,16 @@ def write_junit(path, results):
         for r in of:
             case = ElementTree.SubElement(suite, "testcase", classname=task, name=r["name"])
             if r["message"]:
-                last = r["message"].splitlines()[-1]
+                lines = r["message"].splitlines()
+                last = [line for line in lines if not line.startswith(("at ", "inside ", "note "))][-1]
                 ElementTree.SubElement(case, "failure", message=last).text = r["message"]
     ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 
 
 def main(task, path, seed, out):
     """The process of `grade`: results are written after every test, so that a hang costs the rest alone."""
-    source, wrong = splice(task, Path(path).read_text(encoding="utf-8", errors="replace"))
+    theirs = Path(path).read_text(encoding="utf-8", errors="replace")
+    source, wrong = splice(task, theirs)
     out = Path(out)
 
     def report(results):
@@ -128,7 +158,7 @@ def main(task, path, seed, out):
         import torch
 
         torch.set_num_threads(1)
-        run_tests(task, source, int(seed), report)
+        run_tests(task, source, int(seed), report, theirs)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """The course: its tests know right from wrong, its cuts are clean, and every hand-in gets an answer."""
 
 import csv
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from assignments import __main__ as command
-from assignments import check, grading
+from assignments import check, graders, grading
 from assignments.tasks import ROOT, TASKS, splice
 
 
@@ -34,6 +37,31 @@ def test_every_wrong_solution_and_95_percent_of_mutants_are_caught(task):
     assert check.problems_of(task) == []
     count, alive = check.survivors_of(task)
     assert len(alive) <= 0.05 * count, alive
+
+
+@pytest.mark.parametrize("place, by, tolerance", [((0, 0), 1.0, 1e-5), ((7, 5), 1e-3, 1e-5), ((5, 2), 1e-7, 1e-9),
+                                                  ((3, 1), torch.nan, 1e-5)])
+def test_a_message_shows_an_entry_that_differs(place, by, tolerance):
+    """Wherever in a tensor the difference is, and however small: what is expected and found never look the same."""
+    expected = torch.arange(48.0).double().view(8, 6) / 7 + 1
+    found = expected.clone()
+    found[place] += by
+    with pytest.raises(graders.Wrong) as caught:
+        graders.expect(found, expected, "f(x)", tolerance=tolerance)
+    of_first, of_second = (line[9:] for line in str(caught.value).splitlines()[1:3])
+    assert f"at {list(place)}, the first of 1 that differ" in of_first
+    assert float(of_first.split()[0]) == pytest.approx(float(expected[place]), rel=1e-5)
+    assert of_first.split(" at ")[0] != of_second.split(" at ")[0] and f"at {list(place)}, the first" in of_second
+
+
+@pytest.mark.parametrize("found, expected", [
+    (1 / 3, 1 / 3 + 1e-8), (torch.tensor(1 / 3).double(), 1 / 3), (3, 3 + 1e-10), ("x" * 300, "x" * 299 + "y"), (None, torch.zeros(2)),
+    (torch.zeros(2, 8), torch.zeros(8, 2)), ((torch.zeros(2), 1), torch.zeros(2)), ([0.0], torch.zeros(1)), ("0", 0), (torch.nan, 0.0)])
+def test_no_message_shows_the_same_twice(found, expected):
+    with pytest.raises(graders.Wrong) as caught:
+        graders.expect(found, expected, "f(x)", tolerance=1e-12)
+    assert not check.same_twice([{"message": str(caught.value)}])
+    assert check.same_twice([{"message": "called   f(x)\nexpected 0.5\nfound    '0.5'"}])
 
 
 def test_an_open_task_earns_nothing_and_says_where_to_read(open_a4, capsys):
@@ -83,6 +111,23 @@ def test_calling_the_fast_engine_is_not_the_definition():
     assert "this is the project's fast engine" in splice("a6", cheat)[1]
 
 
+def test_an_error_names_the_line_of_the_student_as_it_stands_in_their_file():
+    """Also where a file of the project raises it, or the test that uses the result; the helper moves when spliced."""
+    source = (ROOT / "ntk.py").read_text()
+    first = "    R, r, (out, width) = sum(map(len, a)), g[0].shape[1], layer.weight.shape\n"
+    helper = "def helper(kernel, J):\n    exact.add_gram(kernel, J)\n\n\n"
+    theirs = source.replace(first, "    helper(kernel, torch.ones(9, 2))\n").replace("def linear_kernel", helper + "def linear_kernel")
+    theirs = theirs.replace("def initial_deltas", "\n\ndef initial_deltas").replace("return torch.einsum(\"nrth", "return  # einsum(\"nrth")
+    spliced, wrong = splice("a7", theirs)
+    results = grading.run_tests("a7", spliced, 0, theirs=theirs)
+    assert wrong is None and [r["earned"] for r in results[:4]] == [0, 0, 0, 0]
+    lines, said = theirs.splitlines(), results[0]["message"].splitlines()
+    for word, text, name in (("at     ", "helper(kernel, torch.ones(9, 2))", "linear_kernel"), ("inside ", "exact.add_gram(kernel, J)", "helper")):
+        number = next(i for i, line in enumerate(lines, 1) if line.strip() == text)
+        assert f"{word}  line {number} of ntk.py, in {name}: {text}" in said
+    assert said[-1].startswith("inside   line ") and "of exact.py, in add_gram: kernel[start:" in said[-1]
+
+
 def test_a_solution_that_never_ends_still_gets_a_result(open_a4, tmp_path, monkeypatch):
     monkeypatch.setattr(grading, "SECONDS", 4)
     folder = tmp_path / "slow"
@@ -113,8 +158,22 @@ def test_a_gradescope_folder_has_what_the_harness_calls(tmp_path):
     assert (tmp_path / "box" / "lpft" / "assignments" / "graders" / "a4.py").is_file()
 
 
+def test_the_example_of_a7_gives_what_the_sheet_says(capsys):
+    text = (ROOT / "assignments" / "a7.md").read_text(encoding="utf-8")
+    start = text.index("    import ntk, torch")
+    exec(textwrap.dedent(text[start:text.index("\n\n", start)]), {})
+    assert "[[13., -1.],\n        [-1.,  2.]]" in capsys.readouterr().out and "The kernel is [[13, -1], [-1, 2]]" in text
+
+
+def test_where_the_engine_fails_in_a7_the_kernels_above_are_named_first():
+    wrong = importlib.import_module("assignments.variants.a7").WRONG["the variance divided by h - 1, not by h"]
+    message = check.results_of("a7", wrong)[-1]["message"].splitlines()
+    assert message[1].startswith("first    one of your three layer kernels is wrong") and "Does the model" not in " ".join(message)
+
+
 def test_each_sheet_says_what_to_do_and_where_to_look_next():
     for task in TASKS:
         text = Path(ROOT / "assignments" / f"{task}.md").read_text(encoding="utf-8")
         assert f"python -m assignments grade {task}" in text and "\nThen " in text and text.startswith(f"# {task} ")
+        assert command.next_look(task).endswith(".") and "--" not in command.next_look(task).split("`python train.py")[0]
         assert all(name.split(".")[-1] in text for name in TASKS[task].functions)

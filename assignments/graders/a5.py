@@ -16,6 +16,7 @@ OPEN_ABOVE = "bins closed below, where they are closed above"
 LOST = "samples lost that are sure: confidence 1 belongs to the last bin"
 EMPTY_NAN = "0 / 0 in an empty bin, where its gap is 0"
 EMPTY_GAP = "the middle of an empty bin taken as its confidence, where its gap is 0"
+NONE_RIGHT = "a bin in which no sample is right taken for an empty one: its gap is how sure it is"
 OTHER_BINS = "bins of another number than was asked for"
 
 PAIRS_I_I = "pairs i = i counted as well"
@@ -64,6 +65,13 @@ def closed_below(logits, labels, bins):
     return opened
 
 
+def some_right(logits, labels, bins):
+    """As `calibration`, of the bins alone in which some sample is right."""
+    hit = logits.argmax(1) == labels
+    held, hits = calibration(logits, labels, bins), calibration(logits[hit], labels[hit], bins)
+    return [of_bin for of_bin, (count, _) in zip(held, hits) if count]
+
+
 def ece(held):
     return sum(abs(gap) for _, gap in held) / sum(count for count, _ in held)
 
@@ -82,6 +90,7 @@ def known_ece(logits, labels, bins=15):
             NO_BINS: ((prediction == labels).double() - confidence).abs().mean(),
             ONE_BIN: abs(sum(gap for _, gap in held)) / n, SIGNED: sum(gap for _, gap in held) / n,
             OF_LABEL: ece(calibration(logits, labels, bins, of_label=True)),
+            NONE_RIGHT: sum(abs(gap) for _, gap in some_right(logits, labels, bins)) / n,
             OTHER_BINS: ece(calibration(logits, labels, 15 if bins != 15 else 10))}
 
 
@@ -91,6 +100,7 @@ def known_mce(logits, labels, bins=15):
     return {BY_COUNT: max(abs(gap) for _, gap in held) / n, EMPTY_NAN: math.nan,
             SIGNED: max(gap / count for count, gap in held if count),
             OF_LABEL: mce(calibration(logits, labels, bins, of_label=True)),
+            NONE_RIGHT: mce([*some_right(logits, labels, bins), [1, 0.0]]),
             EMPTY_GAP: max([mce(held), *middles]),
             OTHER_BINS: mce(calibration(logits, labels, 15 if bins != 15 else 10))}
 

@@ -16,6 +16,8 @@ WITH_START = "counting epoch 0, which is the start"
 LAST_OF_EQUALS = "keeping the last of equal epochs, not the first"
 LAST = "keeping the last epoch"
 LOWEST_LOSS = "keeping the epoch with the lowest loss"
+FROM_ZERO = "starting from a best score of 0: a correlation can be 0 or below in all epochs"
+FALSY = "taking a best score of 0 for none, as `if not best` does; compare with None"
 ACCURACY = "always comparing accuracy, where `metric` names another score"
 SUM = "taking the gradient of the sum over the batch, not of the mean"
 KEPT = "keeping old gradients: they add up from step to step"
@@ -146,6 +148,15 @@ def the_head_is_the_probes(student, rng):
             f"{found.dtype}, requires_grad {[p.requires_grad for p in head]}")
 
 
+def falsy(history, name):
+    """The epoch that is kept where a best score of 0 counts as none yet."""
+    best, kept_epoch = None, None
+    for record in history[1:]:
+        if not best or record[name] > best:
+            best, kept_epoch = record[name], record["epoch"]
+    return kept_epoch
+
+
 def history_of(rng, epochs=8):
     """Dicts as fine_tune's: accuracy, correlation and loss are best in three different epochs."""
     draws = torch.rand(3, epochs + 1, generator=rng, dtype=torch.double)
@@ -158,20 +169,25 @@ def history_of(rng, epochs=8):
 def kept(student, history, metric, expected, misconceptions):
     found = student.best_epoch(history, metric)
     called = f"best_epoch(history of {len(history)} dicts, {metric!r})"
-    require(isinstance(found, dict) and "epoch" in found, called, f"the dict of epoch {expected}", found)
+    below = all(record[f"val_{metric}"] <= 0 for record in history[1:])
+    require(isinstance(found, dict) and "epoch" in found, called, f"the dict of epoch {expected}", found,
+            FROM_ZERO if found is None and below else None)
     expect(found["epoch"], expected, f'{called}["epoch"]', misconceptions, 1e-9)
 
 
 @points(1)
 def the_best_epoch_has_the_highest_validation_score(student, rng):
     'The highest record["val_METRIC"] of the history; result: the whole record, a dict'
-    for metric in ("matthews", "accuracy"):
+    for metric, lower in (("matthews", 0.0), ("accuracy", 0.0), ("matthews", 2.0)):
         history = history_of(rng)
+        for record in history:
+            record["val_matthews"] -= lower  # by 2, and the best is 0
         expected, accuracy = (max(history, key=lambda record: record[name])["epoch"]
                               for name in (f"val_{metric}", "val_accuracy"))
         lowest = min(history, key=lambda record: record["loss"])["epoch"]
         kept(student, history, metric, expected,
-             {ACCURACY: accuracy, LAST: len(history) - 1, LOWEST_LOSS: lowest})
+             ({FALSY: falsy(history, f"val_{metric}"), FROM_ZERO: 0} if lower else {})
+             | {ACCURACY: accuracy, LAST: len(history) - 1, LOWEST_LOSS: lowest})
 
 
 @points(1)

@@ -76,6 +76,7 @@ WRONG = {
     a5.OVER_BINS: changed(CALIBRATION, ("n * gap", "gap"), ("gaps / len(labels)", "gaps / bins")),
     a5.OVER_BINS + ", of those that are not empty": changed(
         MATRIX, ("(gap * count).sum().item() / logits.shape[0]", "gap[count > 0].mean().item()")),
+    a5.NONE_RIGHT: changed(CALIBRATION, ("        if n:", "        if correct[inside].any():")),
     a5.NO_BINS: changed(MATRIX, ("(gap * count).sum().item() / logits.shape[0]",
                                  "((prediction == labels).double() - confidence).abs().mean().item()")),
     a5.ONE_BIN: changed(MATRIX, ("(gap * count).sum().item()", "signed.sum().abs().item()")),

@@ -10,6 +10,11 @@ def linear_kernel(kernel, layer, a, g):
     J = torch.stack(rows).double()
     kernel += J @ J[:kernel.shape[1]].T
 '''
+AT_ONCE = '''
+def linear_kernel(kernel, layer, a, g):
+    J = torch.cat([torch.einsum("nrto,nti->nroi", y, x).flatten(0, 1) for x, y in zip(a, g)])
+    exact.add_gram(kernel, J.flatten(1).double())
+'''
 PAIRS = '''
 def linear_kernel(kernel, layer, a, g):
     samples = [(x, g_x) for a_n, g_n in zip(a, g) for x, g_x in zip(a_n, g_n)]
@@ -61,6 +66,7 @@ def embedding_kernel(kernel, layer, ids, g):
 '''
 RIGHT = {
     "loops": {"linear_kernel": LINEAR, "layernorm_jacobian": NORM_LOOP, "embedding_kernel": EMBEDDING},
+    "J of all batches at once": {"linear_kernel": AT_ONCE},
     "pairs and one-hot": {"linear_kernel": PAIRS, "layernorm_jacobian": NORM, "embedding_kernel": ONEHOT},
 }
 
@@ -92,7 +98,23 @@ def linear_kernel(kernel, layer, a, g):
             kernel[i * r:i * r + r, j * r:j * r + r] += torch.einsum(
                 "kto,lto,ti,ti->kl", g_x[:, :T], g_y[:, :T], x[:T], y[:T])
 '''
+BY_BATCH = '''
+def linear_kernel(kernel, layer, a, g):
+    for x, y in zip(a, g):
+        J = torch.einsum("nrto,nti->nroi", y, x).flatten(2).flatten(0, 1)
+        exact.add_gram(kernel, J.double())
+'''
 WRONG = {
+    a7.IN_BATCH: changed("linear_kernel", AT_ONCE, ("->nroi", "->rnoi")),
+    a7.A_NOT_LINED_UP: changed("linear_kernel", AT_ONCE, (
+        'torch.einsum("nrto,nti->nroi", y, x)', "(y.transpose(2, 3) @ x)")),
+    a7.NOT_LINED_UP: changed("layernorm_jacobian", NORM, ("x_hat[:, None]", "x_hat")),
+    a7.WITH_WEIGHT: changed("layernorm_jacobian", NORM, ("x_hat[:, None]", "layer.weight * x_hat[:, None]")),
+    a7.PROBES_LEAD: changed("layernorm_jacobian", NORM, (".sum(2)", ".sum(2).transpose(0, 1)")),
+    a7.ONE_BATCH: {"linear_kernel": BY_BATCH},
+    a7.PADDING_ZERO: of_embedding(("if v != layer.padding_idx:",
+                                   "if not layer.padding_idx or v != layer.padding_idx:")),
+    a7.ALWAYS_ZERO: of_embedding(("if v != layer.padding_idx:", "if v != 0:")),
     a7.SAME_POSITION: {"linear_kernel": BY_POSITION},
     a7.SUMMED_FIRST: of_linear((J_OF, "torch.outer(probe.sum(0), x.sum(0)).flatten()")),
     a7.WITH_BIAS: of_linear((J_OF, "torch.cat([(probe.T @ x).flatten(), probe.sum(0)])")),

@@ -1,6 +1,7 @@
-from assignments.graders.a8 import (ACCURACY, AFTER, BATCH_MEANS, CLIP_EACH, CLIP_VALUES, EVAL, FINITE, KEPT,
-                                    LAST, LAST_OF_EQUALS, LOWEST_LOSS, NEW_HEAD, NO_BIAS, NO_CLIP, NORMALISED,
-                                    OLD_HEAD, PER_EPOCH, SUM, SUMMED, THAWED, TOO_SOON, WITH_START)
+from assignments.graders.a8 import (ACCURACY, AFTER, BATCH_MEANS, CLIP_EACH, CLIP_VALUES, EVAL, FALSY, FINITE,
+                                    FROM_ZERO, KEPT, LAST, LAST_OF_EQUALS, LOWEST_LOSS, NEW_HEAD, NO_BIAS,
+                                    NO_CLIP, NORMALISED, OLD_HEAD, PER_EPOCH, SUM, SUMMED, THAWED, TOO_SOON,
+                                    WITH_START)
 
 EPOCH = '''
 def train_epoch(model, split, batches, optimizer, schedule):
@@ -65,6 +66,14 @@ def epoch(old, new):
     return {"train_epoch": EPOCH.replace(old, new)}
 
 
+FROM = '''
+def best_epoch(history, metric):
+    best, top = None, 0.0
+    for record in history[1:]:
+        if record[f"val_{metric}"] > top:
+            best, top = record, record[f"val_{metric}"]
+    return best
+'''
 WRONG = {
     NO_BIAS: {"set_head": HEAD.replace("        model.head.bias.copy_(probe.bias)\n", "")},
     NEW_HEAD: {"set_head": '''
@@ -79,6 +88,9 @@ def set_head(model, probe):
     head.load_state_dict({"weight": probe.weight, "bias": probe.bias})
 '''},
     WITH_START: {"best_epoch": BEST.replace('record["epoch"] and ', "")},
+    FROM_ZERO: {"best_epoch": FROM},
+    FALSY: {"best_epoch": FROM.replace("top = None, 0.0", "top = None, None").replace(
+        "if record", "if not top or record")},
     LAST_OF_EQUALS: {"best_epoch": BEST.replace("] > best[", "] >= best[")},
     LAST: {"best_epoch": "def best_epoch(history, metric):\n    return history[-1]"},
     LOWEST_LOSS: {"best_epoch": """
