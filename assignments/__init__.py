@@ -5,5 +5,5 @@
     python -m assignments grade a4 mine              what is right, what is wrong and why
 
 README.md says in which order to do them, INSTRUCTORS.md how to set them. tasks.py has the list and the knife,
-grading.py runs the tests in graders/, variants/ holds right and wrong solutions that `check` tries.
+grading.py runs the tests in graders/, graders/variants/ holds right and wrong solutions that `check` tries.
 """

@@ -75,7 +75,7 @@ def constant(source, name, body):
 
 def problems_of(task, most=None):
     """What is wrong with the tests: a list of sentences; with `most`, a quick look."""
-    variants, found, source = importlib.import_module(f"assignments.variants.{task}"), [], pristine(task)
+    variants, found, source = importlib.import_module(f"assignments.graders.variants.{task}"), [], pristine(task)
 
     def demand(right, sentence):
         if not right:
@@ -120,7 +120,7 @@ def survivors_of(task):
     spec.loader.exec_module(mutation)
     file, functions = TASKS[task].file, TASKS[task].functions
     mutation.TARGETS = {file: (("*",), ())}
-    equivalent = importlib.import_module(f"assignments.variants.{task}").EQUIVALENT
+    equivalent = importlib.import_module(f"assignments.graders.variants.{task}").EQUIVALENT
     own = tuple(f"{name}." for name in functions)
     mutants = [m for m in mutation.mutants_of(file) if f"{m[1]}.".startswith(own)
                and (m[3], m[6]) not in equivalent]

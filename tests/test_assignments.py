@@ -140,7 +140,7 @@ def test_a_solution_that_never_ends_still_gets_a_result(open_a4, tmp_path, monke
 
 def test_the_cut_folder_stands_alone(open_a4):
     """No history, no solutions; train.py says which task is open, and works once it is solved."""
-    assert not any((open_a4 / name).exists() for name in (".git", "lab", "tests", "assignments/variants"))
+    assert not any((open_a4 / name).exists() for name in (".git", "lab", "tests", "assignments/graders/variants"))
     run = [sys.executable, "train.py", "--method", "lp", "--out", "run"]
     done = subprocess.run(run, cwd=open_a4, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("train.py: error: a4: fit_temperature is open")
@@ -166,7 +166,7 @@ def test_the_example_of_a7_gives_what_the_sheet_says(capsys):
 
 
 def test_where_the_engine_fails_in_a7_the_kernels_above_are_named_first():
-    wrong = importlib.import_module("assignments.variants.a7").WRONG["the variance divided by h - 1, not by h"]
+    wrong = importlib.import_module("assignments.graders.variants.a7").WRONG["the variance divided by h - 1, not by h"]
     message = check.results_of("a7", wrong)[-1]["message"].splitlines()
     assert message[1].startswith("first    one of your three layer kernels is wrong") and "Does the model" not in " ".join(message)
 

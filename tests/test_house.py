@@ -111,3 +111,8 @@ def test_functions_that_no_python_file_uses_do_not_exist():
     for name in MODULES:
         for function in functions(name):
             assert function.name.startswith("__") or text.count(function.name) > 1, (name, function.name)
+
+
+def test_a_course_is_short_beside_its_graders():
+    """assignments/ without graders/, which hold the tests, and the right and wrong solutions that try them."""
+    assert lines(*(name for name in MODULES if name.startswith("assignments/"))) <= 900
