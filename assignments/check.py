@@ -75,7 +75,8 @@ def constant(source, name, body):
 
 def problems_of(task, most=None):
     """What is wrong with the tests: a list of sentences; with `most`, a quick look."""
-    variants, found, source = importlib.import_module(f"assignments.graders.variants.{task}"), [], pristine(task)
+    variants = importlib.import_module(f"assignments.graders.variants.{task}")
+    found, source = [], pristine(task)
 
     def demand(right, sentence):
         if not right:
