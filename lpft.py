@@ -116,7 +116,7 @@ def stratified_folds(labels, folds=5):
 
 
 def set_head(model, probe):
-    """Make V and b of `probe` the classifier's head, in place: where LP ends and LP-FT starts."""
+    """Make V and b of `probe` the classifier's head, in place: where LP ends."""
     model.head.load_state_dict({"weight": probe.weight, "bias": probe.bias})
 
 
@@ -168,12 +168,12 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, metric="a
     """The FT stage (paper Sec. 5): train what requires a gradient, keep the best validation epoch.
 
     Adam, learning rate falling linearly to 0 without warm-up, gradient norm clipped at 1, dropout as the
-    encoder's configuration has it. `train` and `val` are Splits; `seed` decides the order of the samples.
+    encoder's configuration has it. `train` and `val` are Splits; `seed` decides the order of the samples,
+    torch's generator, which the caller seeds, what dropout drops.
     Returns one dict an epoch, {epoch, loss, train_accuracy, val_accuracy, val_METRIC, lr, head_norm}, which
     `on_epoch` gets too. Epoch 0 is the start, measured without dropout; later loss and train_accuracy are
     means over the steps, with dropout. `lr` is that of the next step. The model is left in eval mode, with
     the weights of the first epoch after the start that has the highest val_METRIC.
-
     `state`, a RunState, keeps the last whole epoch; if it holds one, training goes on from there, to the same
     numbers. Raises NotFinite after an epoch in which the loss or its gradient became infinite or NaN.
     """

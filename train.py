@@ -3,7 +3,7 @@
     python train.py --method lpft --lora                          the embedded benchmark, seconds
     python train.py --method ft --model roberta-base --data cb    a real encoder, real data
 
-Read `run` first: one run in the order of the paper. For each line of it you need at most one other file: the
+Read `run` first: one run in the order of the paper. For most lines of it you need one other file: the
 method is in lpft.py, the kernel in ntk.py; files, flags and devices are in plumbing/.
 
 `python train.py --resume RUN_DIR` goes on after an interrupted run's last whole epoch, to the same numbers.
@@ -178,7 +178,7 @@ def ft_stage(args, model, tokenizer, task, state, lp_record):
     what = f"LoRA (r = {args.lora_r}) on query and value" if args.lora else "the whole encoder"
     print(f"\nFT    trains {what}, and the head: {trainable:,} of {total:,} parameters "
           f"({100 * trainable / total:.3g} %)\n"
-          "FT    epoch 0 is the start, without dropout; then loss and train are the epoch's means, with it")
+          "FT    epoch 0 is the start, without dropout; later loss and train are means with dropout")
     lines = [lp_record] if lp_record else []
 
     def on_epoch(record):
