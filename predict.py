@@ -63,9 +63,11 @@ def write_predictions(out, labels, probabilities, form):
     """One line per row of probabilities (N, C)."""
     for row in probabilities.tolist():
         label = labels[row.index(max(row))]
-        content = {"label": label, "probabilities": {k: round(p, 6) for k, p in zip(labels, row)}}
-        print(json.dumps(content, ensure_ascii=False) if form == "jsonl" else
-              "\t".join([label] + [f"{p:.6f}" for p in row]), file=out)
+        if form == "jsonl":
+            content = {"label": label, "probabilities": {k: round(p, 6) for k, p in zip(labels, row)}}
+            print(json.dumps(content, ensure_ascii=False), file=out)
+        else:
+            print(label, *(f"{p:.6f}" for p in row), sep="\t", file=out)
 
 
 def run(args):

@@ -17,7 +17,7 @@ import plumbing  # noqa: F401  before torch
 import torch
 
 import ntk
-from data import draw_ntk_samples, load_task
+from data import draw_ntk_samples, load_task, read_task
 from lpft import (METRICS, NotFinite, accuracy, best_epoch, calibration_error, feature_statistics, fine_tune,
                   fit_linear_probe, fit_temperature, logits_of, predict, set_head, why_no_temperature)
 from model import Classifier, add_lora, count_parameters
@@ -93,9 +93,9 @@ def run(args, state):
 
 def load(args):
     """(Task, Encoder, Tokenizer); ValueError for data, encoder and flags that do not fit each other."""
+    rows = read_task(args.data, args.data_dir, args.language)  # bad data end before a long download
     encoder, tokenizer = checkpoint.load_pretrained(args.model, args.pooling)
-    task = load_task(args.data, tokenizer, args.max_length, args.data_dir, args.max_train, args.seed,
-                     args.max_test, args.language)
+    task = load_task(rows, tokenizer, args.max_length, None, args.max_train, args.seed, args.max_test)
     flags.check_task(args, task, tokenizer, encoder.config)
     return task, encoder, tokenizer
 

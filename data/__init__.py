@@ -28,6 +28,7 @@ class Task:
     metric: str = "accuracy"  # by which epochs are chosen and methods compared; or "matthews"
     pairs: bool = False  # whether a sample is two texts
     skipped: dict = field(default_factory=dict)  # {name of a file: its rows without text}, only BOSS may have
+    name: str = ""
 
     @property
     def test_names(self):
@@ -150,7 +151,8 @@ def read_task(name_or_directory, data_dir=None, language=0):
     if "val" not in splits:
         splits["train"], splits["val"] = last_tenth(splits["train"], rows["train"][-1][0], [*labels.values()])
     order = dict.fromkeys(name for name in ("train", "val", "test", *splits) if name in splits)
-    return Task({name: splits[name] for name in order}, [*labels.values()], metric, pairs, skipped)
+    return Task({name: splits[name] for name in order}, [*labels.values()], metric, pairs, skipped,
+                str(name_or_directory))
 
 
 def check_rows(rows, labels, pairs):
@@ -182,15 +184,18 @@ def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_t
     """A Task by name (one of tiny.TASKS, or of corpora.CORPORA below data_dir), or of a folder.
 
     max_train keeps that many training samples, drawn with `seed`, in their original order; max_test as many
-    of test and of each OOD split, the same for every seed, and with 0 the task has neither. Raises what
-    read_task raises, and ValueError if no training sample of a class is left.
+    of test and of each OOD split, the same for every seed, and with 0 the task has neither. Instead of a
+    name, what read_task has read. Raises what read_task raises, and ValueError if no training sample of a
+    class is left.
     """
-    task = read_task(name_or_directory, data_dir, language)
+    task = name_or_directory
+    if not isinstance(task, Task):
+        task = read_task(name_or_directory, data_dir, language)
     train = draw(task.splits["train"], max_train, seed)
     if missing := set(range(len(task.labels))) - {index for *_, index in train}:
         names = readers.listing([task.labels[i] for i in sorted(missing)])
         how = f" drawn with seed {seed}" * (max_train is not None)
-        raise ValueError(f"{name_or_directory}: the {len(train)} training samples{how} have no {names}; "
+        raise ValueError(f"{task.name}: the {len(train)} training samples{how} have no {names}; "
                          "every class needs samples there")
     splits = {"train": train, "val": task.splits["val"]}
     splits |= {name: draw(task.splits[name], max_test, 0) for name in task.test_names if max_test != 0}

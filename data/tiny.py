@@ -28,8 +28,9 @@ ENCODER = Path(__file__).with_name("tiny_encoder")  # made by lab.pretrain
 LABELS = ("negative", "neutral", "positive")
 NEGATIVE, NEUTRAL, POSITIVE = range(3)
 DOMAINS = ("gadgets", "films", "hotels", "meals")
+TEXT = Path(__file__).with_name("tiny_words.txt").read_text(encoding="utf-8")
 WORDS = {name: words.split() for name, words in (  # such as "films nouns", "shared negative"
-    line.split(": ") for line in Path(__file__).with_name("tiny_words.txt").read_text().splitlines() if line)}
+    line.split(": ") for line in TEXT.splitlines() if line)}
 SHARED_NOUNS, INTENSIFIERS = WORDS["shared nouns"], WORDS["intensifiers"]
 SHARED_ADJECTIVES, *ADJECTIVES = (  # negative, neutral, positive; of all domains, then of each one's own
     tuple(WORDS[f"{domain} {label}"] for label in LABELS) for domain in ("shared", *DOMAINS))

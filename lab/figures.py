@@ -43,7 +43,8 @@ def of_units(results, name, units):
 
 def metrics(out, name, unit):
     """Records of a run's metrics.jsonl."""
-    return [*map(json.loads, (out / "runs" / f"{name}-{unit}" / "metrics.jsonl").open(encoding="utf-8"))]
+    text = (out / "runs" / f"{name}-{unit}" / "metrics.jsonl").read_text(encoding="utf-8")
+    return [*map(json.loads, text.splitlines())]
 
 
 def head_norms(out, results, units):

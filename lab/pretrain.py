@@ -26,7 +26,6 @@ from data import encode, evaluation_batches, tiny
 from lpft import accuracy, fit_linear_probe, predict, set_head
 from model import Classifier, Encoder, EncoderConfig, init_weights
 from plumbing.checkpoint import save_pretrained
-from plumbing.files import read_json, write_json
 from plumbing.flags import Failed, Parser, exit_status
 
 
@@ -162,10 +161,7 @@ def main(argv=None):
         settings, tokenizer = Settings(seed=args.seed), tiny.make_tokenizer()
         encoder = pretrain(settings)
         check_polarity(encoder, tokenizer, settings)
-        part = out.with_name(f"{out.name}.part")  # so that --out is whole or absent
-        save_pretrained(part, encoder, tokenizer)
-        write_json(part / "config.json", read_json(part / "config.json") | {"language": args.seed})
-        part.rename(out)
+        save_pretrained(out, encoder, tokenizer, language=args.seed)  # train.py compares
         print(f"the encoder is in {out}; use it with: python train.py --model {out}")
 
     return exit_status("lab.pretrain", work, lambda: "; nothing was written")

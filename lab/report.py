@@ -165,19 +165,21 @@ def write_report(out):
 
 def as_markdown(out, plan, results, units, **more):
     """page.md, filled in."""
-    page = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
+    page = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page.filters["cell"] = lambda text: text.replace("|", "\\|")
+    first = results[f"LP-{units[0]}"]
     text = page.from_string(PAGE.read_text(encoding="utf-8")).render(more | {
-        "Path": Path, "TASKS": TASKS, "commands": commands(plan), "interval": interval,
+        "TASKS": TASKS, "commands": commands(plan), "interval": interval,
         "table_grid": table_grid, "tuning_grid": tuning_grid,
-        "plan": plan, "units": units, "first": results[f"LP-{units[0]}"],
+        "plan": plan, "units": units, "data": Path(str(first.get("data"))).name,
+        "model": Path(str(first.get("model"))).name, "samples": first.get("samples", {}),
         "used": {name: read_json(out / "runs" / f"{name}-{units[0]}" / "config.json") for name in METHODS},
         "missing": {name: last_error(out / "runs" / f"{name}.log") or "not finished"
                     for name in plan["runs"] if name not in results},
         "unfit": {run: result["temperature_reason"] for run, result in results.items()
                   if result.get("temperature_reason")}})
     titles = re.findall("^## (.*)$", text, re.MULTILINE)
-    return text.replace("CONTENTS", " · ".join(f"[{title}](#{slugify(title, '-')})" for title in titles))
+    return text.replace("CONTENTS", " · ".join(f"[{title}](#{slugify(title, '-')})" for title in titles), 1)
 
 
 def as_html(text, out):
@@ -189,5 +191,5 @@ def as_html(text, out):
     body = markdown.markdown(text, extensions=["tables", "toc"])
     body = re.sub(r'src="(figures/[\w-]+)\.png"', inside, body)
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=width=device-width>"
-            f"<title>LP-FT: seven claims, measured</title><style>{STYLE.read_text()}</style>"
+            f"<title>LP-FT: seven claims, measured</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
             f"<body>{body}</body></html>\n")

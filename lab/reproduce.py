@@ -147,10 +147,10 @@ def shell_line(args, name, flags):
     """For any shell, here or elsewhere: it does what is not done, and goes on with what is begun."""
     done = f"test -e {shlex.quote(str(leaves(args, name, flags)))}"
     if name.startswith("encoder-"):
-        python = shlex.join([f"PYTHONPATH={ROOT}", sys.executable, "-m", "lab.pretrain", *flags])
-        return f"{done} || env {python}"
+        path = f'PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+        return f"{done} || exec env {path} {shlex.join([sys.executable, '-m', 'lab.pretrain', *flags])}"
     folder = args.out / "runs" / name
-    begin, go_on = (shlex.join([sys.executable, str(ROOT / "train.py"), *words])
+    begin, go_on = (shlex.join(["exec", sys.executable, str(ROOT / "train.py"), *words])
                     for words in ([*flags, "--out", str(folder)], ["--resume", str(folder)]))
     begun = f"test -e {shlex.quote(str(folder / 'config.json'))}"
     return f"export OMP_NUM_THREADS=1; {done} || if {begun}; then {go_on}; else {begin}; fi"
@@ -159,6 +159,9 @@ def shell_line(args, name, flags):
 def run_all(args, commands, title, jobs=None):
     """Run what is not done, `--jobs` at a time; returns {name: why} of those that failed."""
     waiting = [name for name in commands if not leaves(args, name, commands[name]).exists()]
+    for name in waiting:  # ValueError for what outlived a killed lab.reproduce, or runs on another machine
+        if (args.out / "runs" / name).is_dir():
+            lock_folder(args.out / "runs" / name).release()
     going, failed = {}, {}
     with tqdm(total=len(commands), initial=len(commands) - len(waiting), desc=title, unit="run") as bar:
         try:
@@ -175,15 +178,17 @@ def run_all(args, commands, title, jobs=None):
                     bar.update()
         finally:
             for process in going.values():  # train.py stops; its last whole epoch is saved
-                os.killpg(process.pid, signal.SIGTERM)
+                process.terminate()
+            for process in going.values():
+                process.wait()
     return failed
 
 
 def start(args, name, flags):
-    """The shell line as a process group, so that a signal reaches the shell and what it runs."""
+    """The process of its shell line, in which the shell gives way to Python."""
     with open(args.out / "runs" / f"{name}.log", "wb") as log:
         return subprocess.Popen(["sh", "-c", shell_line(args, name, flags)], stdout=log,
-                                stderr=subprocess.STDOUT, start_new_session=True)
+                                stderr=subprocess.STDOUT)
 
 
 # ---------------------------------------------------------------------------- the command

@@ -83,8 +83,11 @@ def load_pretrained(name, pooling="auto"):
     return encoder, read_tokenizer(directory / "tokenizer.json", config.vocab_size)
 
 
-def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None):
-    """Write `encoder` (without LoRA) and `tokenizer` for load_pretrained, AutoModel and AutoTokenizer."""
+def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None, **more):
+    """Write `encoder` (without LoRA) and `tokenizer` for load_pretrained, AutoModel and AutoTokenizer.
+
+    config.json, in which `more` goes too, is written last: a folder that has it is whole.
+    """
     if has_lora(encoder):
         raise ValueError("this encoder has LoRA; merge_lora(encoder) first")
     directory = Path(directory)
@@ -92,7 +95,7 @@ def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None)
     state = encoder.state_dict()
     names = huggingface_names(encoder)
     write_safetensors(directory / "model.safetensors", {n: state[ours] for n, ours in names.items()})
-    config = asdict(encoder.config) | {"hidden_act": "gelu", "position_embedding_type": "absolute"}
+    config = asdict(encoder.config) | {"hidden_act": "gelu", "position_embedding_type": "absolute"} | more
     if config.pop("pooling") == "mean":
         (directory / POOLING_FILE).parent.mkdir(exist_ok=True)
         write_text(directory / POOLING_FILE, json.dumps({
@@ -105,10 +108,10 @@ def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None)
                 "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     for name, spellings in SPECIAL_TOKENS.items():
         settings |= {name: token for token in spellings if tokenizer.token_to_id(token) is not None}
-    for name, content in (("config.json", config), ("tokenizer_config.json", settings)):
-        write_text(directory / name, json.dumps(content, indent=2) + "\n")
     tokenizer.no_truncation()  # else the length of this run would be every later reader's
     write_text(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
+    for name, content in (("tokenizer_config.json", settings), ("config.json", config)):
+        write_text(directory / name, json.dumps(content, indent=2) + "\n")
 
 
 def read_config(path):
@@ -191,21 +194,23 @@ def download_checkpoint(name, pooling):
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     from huggingface_hub.utils import logging
 
+    pooling_file = str(POOLING_FILE)
     print(f"checkpoint {name}: from the Hugging Face hub or its cache", flush=True)
     logging.set_verbosity_error()  # it tries for half a minute; a warning for each try says nothing more
     try:
-        for file in ("model.safetensors", "tokenizer.json", str(POOLING_FILE), "config.json"):
+        asked = [pooling_file] * (pooling == "auto")
+        for file in ("tokenizer.json", *asked, "model.safetensors", "config.json"):
             try:
                 path = Path(hf_hub_download(name, file))
             except EntryNotFoundError as error:
                 unknown = isinstance(error, LocalEntryNotFoundError) and (  # the hub cannot be reached
                     try_to_load_from_cache(name, file) is not _CACHED_NO_EXIST)
-                if file != str(POOLING_FILE) or unknown and pooling == "auto":  # most have no pooling file
+                if file != pooling_file or unknown:  # most have no pooling file
                     raise
         return path.parent
     except (OSError, ValueError, RuntimeError) as error:  # huggingface_hub's and httpx's are among these
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        choose = ", or choose by --pooling first or mean" * (file == str(POOLING_FILE))
+        choose = ", or choose by --pooling first or mean" * (file == pooling_file)
         raise FileNotFoundError(f"--model {name}: no such folder, and the hub does not give {file} ({reason}"
                                 f"); give --model the path of a local folder with it{choose}") from None
 

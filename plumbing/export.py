@@ -49,10 +49,7 @@ def save_run(args, model, tokenizer, task, result):
                     result["temperature_reason"])
     if args.export:
         base = tiny.ENCODER if args.model == "tiny" else args.model
-        part = args.export.with_name(f"{args.export.name}.part")  # so that --export is whole or empty
-        export_classifier(part, model, tokenizer, task, temperature, args.max_length, base)
-        args.export.rmdir()
-        part.rename(args.export)
+        export_classifier(args.export, model, tokenizer, task, temperature, args.max_length, base)
     write_json(args.out / "result.json", result)  # last: a folder that has it is finished
 
 

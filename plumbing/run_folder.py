@@ -17,9 +17,10 @@ import torch
 from filelock import FileLock, Timeout  # PyTorch needs it too
 
 from plumbing import devices, flags
-from plumbing.files import load_tensors, save_tensors, write_json
+from plumbing.files import load_tensors, save_tensors, write_json, write_text
 
 LOCK = "lock"  # name of the lock file in a folder
+UNFINISHED = "unfinished-run"  # a file in --export until it is whole, with the path of --out
 VERSION = 3  # of what states hold; higher when an older state cannot be gone on with
 
 
@@ -117,6 +118,8 @@ def run_in_folder(args, run):
             with devices.memory_advice("--max-length, --batch-size or --max-train"):
                 run(args, state)
         state.path.unlink(missing_ok=True)
+        if args.export:
+            (args.export / UNFINISHED).unlink(missing_ok=True)
     except Exception:
         if not (args.resume or state.path.is_file() or (args.out / "model.safetensors").is_file()):
             release_folders(args, lock, made)
@@ -158,29 +161,41 @@ def claim_folders(args):
     if args.export and args.export.resolve() == args.out.resolve():
         raise ValueError(f"--export {args.export}: is also --out; expected another folder")
     finished, begun = ((args.out / name).is_file() for name in ("result.json", "config.json"))
-    for flag, folder, own in (("--export", args.export, ()), ("--out", args.out, (LOCK, "config.json.tmp"))):
-        if folder is None or args.resume and (finished or flag == "--out"):
+    if args.resume:
+        marker = args.export and args.export / UNFINISHED
+        if marker and not finished and any(args.export.glob("*")) and not (
+                marker.is_file() and marker.read_text(encoding="utf-8") == str(args.out.resolve())):
+            raise ValueError(f"--export {args.export}: holds something that is not of this run")
+        return lock_folder(args.out), []
+    for flag, folder in ("--export", args.export), ("--out", args.out):
+        if folder is None:
             continue
         if folder.is_file():
             raise ValueError(f"{flag} {folder}: is a file already; expected a new or empty folder")
+        own = (LOCK, "config.json.tmp", UNFINISHED)
         if folder.is_dir() and any(path.name not in own for path in folder.iterdir()):
             go_on = f", or --resume {folder}" * (flag == "--out" and begun and not finished)
             raise ValueError(f"{flag} {folder}: holds something already; expected a new or empty "
                              f"folder{go_on}")
     made = [folder for folder in (args.out, args.export) if folder and not folder.exists()]
     for folder in made:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(args.out)
-    if not args.resume and (args.out / "config.json").exists():  # of two commands, one was first
+    if (args.out / "config.json").exists():  # of two commands that found it empty, one was first
         raise ValueError(f"--out {args.out}: holds something already; expected a new or empty folder")
+    if args.export:
+        write_text(args.export / UNFINISHED, str(args.out.resolve()))
     return lock, made
 
 
 def release_folders(args, lock, made):
     """After a failure before anything was saved, leave nothing that blocks the corrected command."""
-    lock.release()
-    for name in (LOCK, "config.json", "metrics.jsonl", "ntk.npz"):
+    for name in ("config.json", "metrics.jsonl", "ntk.npz"):
         (args.out / name).unlink(missing_ok=True)
+    if args.export:
+        (args.export / UNFINISHED).unlink(missing_ok=True)
+    lock.release()
+    (args.out / LOCK).unlink(missing_ok=True)
     for folder in made:
         if not any(folder.iterdir()):
             folder.rmdir()

@@ -148,7 +148,7 @@ def test_boss_as_pandas_writes_and_reads_it(tmp_path, index, random_folder, caps
     assert {split: len(samples) for split, samples in task.splits.items()} == {
         "train": 30, "val": 3, "test": 33, "dynasent": 33, "semeval": 33, "sst5": 33}
     words = Tokenizer(WordLevel({"?": 0, **{text: i for i, (text, _) in enumerate(kept, 1)}}, unk_token="?"))
-    split = load_task("amazon", words, data_dir=tmp_path).splits["val"]  # a text is a word here
+    split = load_task(task, words).splits["val"]  # a text is a word here
     assert split.ids.tolist() == [words.token_to_id(text) for text, _ in kept[-3:]]
     assert split.labels.tolist() == [int(label) for _, label in kept[-3:]]
     assert train.main(["--data", "amazon", "--data-dir", str(tmp_path), "--model", str(random_folder),

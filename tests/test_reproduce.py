@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -349,21 +350,39 @@ def test_two_commands_do_not_write_to_one_folder(tmp_path, capsys):
     assert reproduce.main(["--report", "--out", str(tmp_path)]) == 2 and "holds no plan.json" in capsys.readouterr().err
 
 
-def stand_in(name, code):
-    """A shell function in front of a line of the list: `code` for every call of python."""
-    return f"python() {{ {code}; }}; {name.replace(sys.executable, 'python')}"
-
-
 def test_an_interrupted_run_is_resumed_and_not_begun_again(tmp_path, monkeypatch):
     """A line of the list begins the run, goes on with one that is begun, and leaves one that is done; one thread."""
-    args, run = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one"
+    args, run, python = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "one", tmp_path / "python"
     run.mkdir(parents=True)
-    monkeypatch.setattr(reproduce, "ROOT", Path("/x"))
-    line = stand_in(reproduce.shell_line(args, "one", ["--seed", "1"]), 'echo "$OMP_NUM_THREADS $*"')
-    for file, said in (("lock", f"1 /x/train.py --seed 1 --out {run}\n"), ("config.json", f"1 /x/train.py --resume {run}\n"),
-                       ("result.json", "")):
+    python.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $PYTHONPATH $*"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(reproduce.sys, "executable", str(python))
+    monkeypatch.setattr(reproduce, "ROOT", Path("/x y"))
+
+    def said(name, flags):
+        line = reproduce.shell_line(args, name, flags)
+        return subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True,
+                              env={"PYTHONPATH": "/mine", "PATH": os.environ["PATH"]}).stdout
+
+    for file, expected in (("lock", f"1 /mine /x y/train.py --seed 1 --out {run}\n"),
+                           ("config.json", f"1 /mine /x y/train.py --resume {run}\n"), ("result.json", "")):
         (run / file).write_text("{}")
-        assert subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True).stdout == said
+        assert said("one", ["--seed", "1"]) == expected
+    flags = ["--seed", "1", "--out", str(tmp_path / "e")]
+    assert said("encoder-1", flags) == f" /x y:/mine -m lab.pretrain {' '.join(flags)}\n"
+    make_encoder(tmp_path / "e")
+    assert said("encoder-1", flags) == ""
+
+
+def test_a_run_that_outlived_its_parent_is_refused_and_nothing_begun(tmp_path):
+    """lab.reproduce was killed, train.py was not: a tuning run that is not done would be taken for a failed one."""
+    args, run = reproduce.parse_args(["--out", str(tmp_path)]), tmp_path / "runs" / "two"
+    run.mkdir(parents=True)
+    lock = lock_folder(run)
+    with pytest.raises(ValueError, match="two: another process that is still running uses it"):
+        reproduce.run_all(args, {"one": [], "two": []}, "runs")
+    assert [*(tmp_path / "runs").glob("*.log")] == []
+    lock.release()
 
 
 def test_the_last_error_of_a_log(tmp_path):
@@ -374,26 +393,23 @@ def test_the_last_error_of_a_log(tmp_path):
 
 
 def test_an_interruption_ends_the_run_that_is_going_and_begins_no_other(tmp_path, monkeypatch):
-    """The signal reaches the shell and what it runs."""
+    """And waits for its end, so that the same command can go on at once."""
     (tmp_path / "runs").mkdir()
-    monkeypatch.setattr(reproduce, "shell_line", lambda args, name, flags: f"echo begun; sleep 60 & echo $! > {tmp_path}/{name}; wait")
-    begun = []
+    code = "import os, signal, sys, time\n" \
+           "signal.signal(signal.SIGTERM, lambda *some: (time.sleep(0.3), open('ended', 'w'), sys.exit(130)))\n" \
+           "open(sys.argv[1], 'w')\ntime.sleep(60)"
+    monkeypatch.setattr(reproduce, "shell_line", lambda args, name, flags: shlex.join(
+        ["cd", str(tmp_path)]) + f" && exec {shlex.join([sys.executable, '-c', code, name])}")
 
     def ctrl_c(seconds):
-        if (tmp_path / "one").is_file() and (tmp_path / "one").read_text():
-            begun.append(int((tmp_path / "one").read_text()))
+        if (tmp_path / "one").exists():
             raise KeyboardInterrupt
 
     monkeypatch.setattr(reproduce.time, "sleep", ctrl_c)
     args = reproduce.parse_args(["--jobs", "1", "--out", str(tmp_path)])
     with pytest.raises(KeyboardInterrupt):
         reproduce.run_all(args, {"one": [], "two": [], "three": []}, "runs")
-    monkeypatch.undo()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{begun[0]}").exists() and "Z" not in Path(f"/proc/{begun[0]}/stat").read_text().split()[2]:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert not (tmp_path / "two").exists()
+    assert (tmp_path / "ended").exists() and not (tmp_path / "two").exists()
 
 
 # ---------------------------------------------------------------------------- the whole command, its runs made up
@@ -484,7 +500,7 @@ def test_the_list_is_shell_lines_one_stage_after_the_other(made_up_runs, tmp_pat
     for removed, said in (("result.json", "--resume"), ("config.json", "--out")):
         (folder / removed).unlink(missing_ok=True)
         line, = listed()
-        echo = line.replace(f"{sys.executable} {reproduce.ROOT}/train.py", "echo")
+        echo = line.replace(f"exec {sys.executable} {reproduce.ROOT}/train.py", "echo")
         shell = subprocess.run(["sh", "-c", echo], capture_output=True, text=True, check=True)
         assert f"{said} {folder}" in shell.stdout
     (folder / "result.json").write_text("{}")

@@ -309,26 +309,17 @@ def test_a_resumed_run_takes_its_own_number_of_threads_and_leaves_no_state(unfin
     assert seen == [1] and not (run / "state").exists()
 
 
-def test_an_export_is_whole_or_empty_and_never_over_another(unfinished, random_folder, tmp_path, capsys, monkeypatch):
-    run, folder = copy_of(unfinished, tmp_path), tmp_path / "export"
+def test_an_export_of_another_run_is_not_overwritten(unfinished, random_folder, tmp_path, capsys):
+    run, export = copy_of(unfinished, tmp_path), tmp_path / "export"
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"export": str(folder)}))
-    folder.mkdir()
-    (folder / "config.json").write_text("precious")
-    assert "--export" in refusal(["--resume", run], capsys) and (folder / "config.json").read_text() == "precious"
+    (run / "config.json").write_text(json.dumps(config | {"export": str(export)}))
+    export.mkdir()
+    (export / "config.json").write_text("precious")
+    assert "not of this run" in refusal(["--resume", run], capsys)
+    (export / run_folder.UNFINISHED).write_text(str(tmp_path / "another"))
+    assert "not of this run" in refusal(["--resume", run], capsys)
     flags = ["--model", random_folder, "--method", "lp", "--out", tmp_path / "new", "--export", tmp_path / "own"]
-
-    def killed(path, content):
-        if path.name == "head.safetensors":
-            raise KeyboardInterrupt
-        write(path, content)
-
-    write = export.write_safetensors
-    monkeypatch.setattr(export, "write_safetensors", killed)
-    assert train.main([*map(str, flags)]) == 130 and not any((tmp_path / "own").iterdir())
-    monkeypatch.undo()
-    assert train.main(["--resume", str(tmp_path / "new")]) == 0 and (tmp_path / "own" / "head.safetensors").is_file()
-    assert not (tmp_path / "own.part").exists()
+    assert train.main([*map(str, flags)]) == 0 and not (tmp_path / "own" / run_folder.UNFINISHED).exists()
 
 
 @pytest.mark.parametrize("change, said", [
@@ -400,8 +391,8 @@ def test_a_failure_after_the_weights_are_written_leaves_a_run_to_go_on_with(rand
 
 
 def test_a_run_that_was_killed_before_its_configuration_was_whole_can_be_begun_again(random_folder, tmp_path):
-    """What such a kill leaves: a lock, a part of config.json, an empty folder for --export."""
-    for folder, files_there in (("run", ("lock", "config.json.tmp")), ("export", ())):
+    """What such a kill leaves: a lock, a part of config.json, the mark in the folder of --export."""
+    for folder, files_there in (("run", ("lock", "config.json.tmp")), ("export", (run_folder.UNFINISHED,))):
         (tmp_path / folder).mkdir()
         for name in files_there:
             (tmp_path / folder / name).write_text("")
