@@ -30,7 +30,7 @@ def parse_args(argv=None):
     add.add_argument("tasks", nargs="+", choices=choices, metavar="TASK")
     add.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     add = commands.add_parser("check", help="prove that tests, cuts and wrong solutions do what they should")
-    add.add_argument("tasks", nargs="*", choices=choices, metavar="TASK", help="default: all")
+    add.add_argument("tasks", nargs="*", choices=choices, default="all", metavar="TASK", help="default: all")
     return parser.parse_args(argv)
 
 
@@ -119,7 +119,7 @@ def main(argv=None):
         else:
             from assignments.check import check
 
-            return check(listed(args.tasks or ["all"]))
+            return check(listed(args.tasks))
         return 0
     except (ValueError, OSError) as error:
         print(f"assignments: error: {error}", file=sys.stderr)

@@ -177,3 +177,10 @@ def test_each_sheet_says_what_to_do_and_where_to_look_next():
         assert f"python -m assignments grade {task}" in text and "\nThen " in text and text.startswith(f"# {task} ")
         assert command.next_look(task).endswith(".") and "--" not in command.next_look(task).split("`python train.py")[0]
         assert all(name.split(".")[-1] in text for name in TASKS[task].functions)
+
+
+def test_check_without_a_task_is_of_all(monkeypatch):
+    seen = []
+    monkeypatch.setattr("assignments.check.check", lambda tasks: seen.append(tasks) or 0)
+    assert command.main(["check"]) == 0 and command.main(["check", "a4", "a4"]) == 0
+    assert seen == [[*TASKS], ["a4"]]
