@@ -396,8 +396,8 @@ def test_an_interruption_ends_the_run_that_is_going_and_begins_no_other(tmp_path
     """And waits for its end, so that the same command can go on at once."""
     (tmp_path / "runs").mkdir()
     code = "import os, signal, sys, time\n" \
-           "signal.signal(signal.SIGTERM, lambda *some: (time.sleep(0.3), open('ended', 'w'), sys.exit(130)))\n" \
-           "open(sys.argv[1], 'w')\ntime.sleep(60)"
+           "signal.signal(signal.SIGTERM, lambda *some: (time.sleep(0.3), open('ended', 'w'), os._exit(130)))\n" \
+           "open(sys.argv[1], 'w')\nwhile True:\n    time.sleep(0.02)"
     monkeypatch.setattr(reproduce, "shell_line", lambda args, name, flags: shlex.join(
         ["cd", str(tmp_path)]) + f" && exec {shlex.join([sys.executable, '-c', code, name])}")
 
