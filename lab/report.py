@@ -165,7 +165,8 @@ def write_report(out):
 
 def as_markdown(out, plan, results, units, **more):
     """page.md, filled in."""
-    page = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    page = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+                              undefined=jinja2.StrictUndefined)
     page.filters["cell"] = lambda text: text.replace("|", "\\|")
     first = results[f"LP-{units[0]}"]
     text = page.from_string(PAGE.read_text(encoding="utf-8")).render(more | {
