@@ -34,7 +34,7 @@ def parse_args(argv=None):
         "projections instead of the whole encoder")
     add("--lora-r", type=int, metavar="R", help="rank of the updates (default: 8)")
     add("--lora-alpha", type=float, metavar="A", help="updates are scaled by A / R (default: 8)")
-    add("--lp-scoring", choices=("accuracy", "log-loss"), help="for LP's penalty (default: by --data)")
+    add("--lp-scoring", choices=("accuracy", "log-loss"), help="of LP (default: accuracy; for tiny log-loss)")
     add("--lp-inverse-l2", type=float, metavar="C", help="fix LP's penalty (scikit-learn's C)")
     add("--model", default="tiny", metavar="{tiny,DIR,HUB}", help="tiny: the one in data/tiny_encoder; or "
         "a folder with a BERT or RoBERTa checkpoint; or its name on the Hugging Face hub (default: tiny)")

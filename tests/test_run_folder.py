@@ -93,13 +93,13 @@ def test_killed_at_random_points_a_run_ends_with_the_same_numbers_and_weights(ra
 
 @pytest.mark.slow
 def test_25_kills_over_a_long_ft_stage(tmp_path):
-    """The main job with the kernel and 200 epochs; a quarter of an hour."""
-    flags = ["--lora", "--ntk", "100", "--epochs", "200"]
+    """The main job with the kernel and 200 epochs, killed at any time of it; a quarter of an hour."""
+    flags, began = ["--lora", "--ntk", "100", "--epochs", "200"], time.monotonic()
     assert finish([*flags, "--out", tmp_path / "whole"], tmp_path)[0] == 0
-    rng, hit = random.Random(1), []
+    seconds, rng, hit = time.monotonic() - began, random.Random(1), []
     while len(hit) < 25:  # a run that ends before its turn is followed by another
         run = tmp_path / f"killed-{len(hit)}"
-        hit += killed_until_done([*flags, "--out", run], run, tmp_path, 25 - len(hit), 12, rng)
+        hit += killed_until_done([*flags, "--out", run], run, tmp_path, 25 - len(hit), seconds, rng)
         assert contents(run) == contents(tmp_path / "whole")
     print(hit)
     assert len(set(hit)) > 10
