@@ -397,7 +397,7 @@ def test_an_interruption_ends_the_run_that_is_going_and_begins_no_other(tmp_path
     (tmp_path / "runs").mkdir()
     code = "import os, signal, sys, time\n" \
            "signal.signal(signal.SIGTERM, lambda *some: (time.sleep(0.3), open('ended', 'w'), os._exit(130)))\n" \
-           "open(sys.argv[1], 'w')\nwhile True:\n    time.sleep(0.02)"
+           "open(sys.argv[1], 'w')\nfor _ in range(500):\n    time.sleep(0.02)"
     monkeypatch.setattr(reproduce, "shell_line", lambda args, name, flags: shlex.join(
         ["cd", str(tmp_path)]) + f" && exec {shlex.join([sys.executable, '-c', code, name])}")
 
@@ -570,10 +570,9 @@ def test_the_map_has_a_point_for_each_rate_method_and_language(made_up_runs, tmp
     assert found["LP"]["rates"] == [""] and len(found["LP"]["ood"][0]) == 2
     expected = [statistics.mean(results[f"LP-FT-{u}"]["accuracy"][s] for s in ("web", "news")) for u in (0, 1)]
     assert found["LP-FT"]["ood"][2] == pytest.approx(expected)
-    for measure, keys in (("id", ("accuracy", "test")), ("diff", ("features", "test", "diff")), ("temperature",) * 2,
-                          ("ece", ("calibration", "test", "ece"))):
-        assert found["LP-FT"][measure][2] == [runs.look_up(results[f"LP-FT-{u}"], *([keys] if isinstance(keys, str)
-                                                                                    else keys)) for u in (0, 1)]
+    for measure, *keys in (("id", "accuracy", "test"), ("diff", "features", "test", "diff"),
+                           ("temperature", "temperature"), ("ece", "calibration", "test", "ece")):
+        assert found["LP-FT"][measure][2] == [runs.look_up(results[f"LP-FT-{u}"], *keys) for u in (0, 1)]
     assert train.parse_args(asked["tiny.LP-LoRA=0.005-1"]).lr == 5e-3
     for file in ("map.png", "map-mechanism.svg"):
         assert (tmp_path / "map" / file).stat().st_size > 5000
