@@ -20,6 +20,7 @@ import transformers
 from conftest import SENTENCES, find_data
 from data import encode, tiny
 from data.corpora import corpus_sources
+from plumbing import checkpoint
 from plumbing.checkpoint import (check_config, load_pretrained, read_safetensors, save_pretrained,
                                  write_safetensors)
 
@@ -376,3 +377,12 @@ def test_a_saved_encoder_keeps_its_pooling(random_folder, tmp_path, pooling):
     save_pretrained(tmp_path, encoder, tokenizer)
     assert load_pretrained(tmp_path)[0].config == encoder.config
     assert (tmp_path / "1_Pooling" / "config.json").is_file() == (pooling == "mean")
+
+
+def test_a_folder_that_has_its_config_is_whole(random_folder, tmp_path, monkeypatch):
+    """config.json is written last: lab.reproduce takes an encoder that has one for finished."""
+    encoder, tokenizer = load_pretrained(random_folder)
+    written = []
+    monkeypatch.setattr(checkpoint, "write_text", lambda path, text: written.append(path.name))
+    save_pretrained(tmp_path, encoder, tokenizer)
+    assert written[-1] == "config.json" and (tmp_path / "model.safetensors").is_file()

@@ -452,3 +452,10 @@ def test_every_method_runs_on_cuda(name, random_folder, tmp_path):
     cuda, cpu = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("run", "cpu"))
     if name == "lp":
         assert cuda["head_norm"] == pytest.approx(cpu["head_norm"], rel=1e-3)
+
+
+def test_bad_data_are_refused_before_a_checkpoint_is_looked_for(tmp_path, capsys):
+    """A download may take minutes."""
+    assert train.main(["--data", str(tmp_path / "none"), "--model", str(tmp_path / "none either"), "--out",
+                       str(tmp_path / "run")]) == 2
+    assert f"{tmp_path / 'none'}: no such folder; --data" in capsys.readouterr().err
