@@ -131,10 +131,10 @@ def read_task(name_or_directory, data_dir=None, language=0):
         sources = readers.folder_sources(Path(name_or_directory))
     rows, skipped = {}, {}
     for split, source in sources.items():
-        everything = list(source())  # (where, text_a, text_b or None, label); text_a is None: skip
-        rows[split] = [row for row in everything if row[1] is not None]
-        if len(rows[split]) < len(everything):
-            skipped[split] = len(everything) - len(rows[split])
+        all_rows = list(source())  # (where, text_a, text_b or None, label); text_a is None: skip
+        rows[split] = [row for row in all_rows if row[1] is not None]
+        if len(rows[split]) < len(all_rows):
+            skipped[split] = len(all_rows) - len(rows[split])
         if not rows[split]:
             raise ValueError(f"{source.args[0]}, line 1: the file has no rows of text")
     if labels is None:

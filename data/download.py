@@ -83,12 +83,12 @@ def download(name, data_dir, sources=SOURCES):
             url = source.urls.get(split) or source.urls[""]
             try:
                 rows = [row for row in corpus.read(path) if row[1] is not None]
-                found = len(check_rows(rows, corpus.labels, pairs=bool(rows) and rows[0][2] is not None))
+                count = len(check_rows(rows, corpus.labels, pairs=bool(rows) and rows[0][2] is not None))
             except ValueError as error:
                 raise ValueError(f"{url}: {corpus.files[split]} is not as expected: "
                                  f"{str(error).removeprefix(f'{path}, ')}") from None
-            if found != source.rows[split]:
-                raise ValueError(f"{url}: {corpus.files[split]} has {found} rows; expected "
+            if count != source.rows[split]:
+                raise ValueError(f"{url}: {corpus.files[split]} has {count} rows; expected "
                                  f"{source.rows[split]}")
         for split, path in fetched.items():
             (folder / absent[split]).parent.mkdir(parents=True, exist_ok=True)
@@ -104,22 +104,22 @@ def fetch(url, path, sha256=None):
             urlretrieve(url, path, lambda blocks, size, total: bar.update(size))
     except (OSError, http.client.HTTPException) as error:  # urllib's are OSErrors
         raise OSError(f"{url}: {getattr(error, 'reason', None) or error}") from None
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != (sha256 or found):
-        raise ValueError(f"{url}: SHA-256 is {found}; expected {sha256}")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 and digest != sha256:
+        raise ValueError(f"{url}: SHA-256 is {digest}; expected {sha256}")
     return path
 
 
-def unpack(archive, url, wanted, folder):
-    """{split: file} of the `wanted` members {split: NAME/file} of a zip archive."""
+def unpack(archive, url, members, folder):
+    """{split: file} of these `members`, {split: NAME/file}, of a zip archive."""
     try:
         with zipfile.ZipFile(archive) as opened:
-            found = {split: folder / f"{split}{Path(member).suffix}" for split, member in wanted.items()}
-            for split, member in wanted.items():
-                found[split].write_bytes(opened.read(member))  # the path is ours: no member picks its own
+            paths = {split: folder / f"{split}{Path(member).suffix}" for split, member in members.items()}
+            for split, member in members.items():
+                paths[split].write_bytes(opened.read(member))  # the path is ours: no member picks its own
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{url}: not the archive that was expected ({error})") from None
-    return found
+    return paths
 
 
 def main(argv=None):

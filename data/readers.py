@@ -87,13 +87,13 @@ def read_rows(path):
         raise ValueError(f"{empty[0]}; expected one in every row; missing in {len(empty)} of {rows} rows")
 
 
-def text_columns(where, names, found=None):
-    """Those of the `names` that are text; ValueError with what was `found` if they are not the module's."""
+def text_columns(where, names, message=None):
+    """Those of the `names` that are text; ValueError, with the message, if they are not the module's."""
     for columns in (("text",), ("sentence",), ("text_a", "text_b"), ("premise", "hypothesis")):
         if all(name in names for name in columns) and "label" in names:
             return columns
-    found = found or f"columns {listing(names)}"
-    raise ValueError(f"{where}: {found}; expected text (or sentence), or text_a and text_b, and label")
+    message = message or f"columns {listing(names)}"
+    raise ValueError(f"{where}: {message}; expected text (or sentence), or text_a and text_b, and label")
 
 
 def texts_of(where, row, name_a, name_b=None):
@@ -163,10 +163,10 @@ def read_jsonl(path):
             raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected one JSON object a line, found {type(row).__name__}")
-        found = {name.strip().lower(): value for name, value in row.items()}
-        if len(found) < len(row):
+        columns = {name.strip().lower(): value for name, value in row.items()}
+        if len(columns) < len(row):
             raise ValueError(f"{where}: two of the names {listing(row)} differ in case alone")
-        yield where, found
+        yield where, columns
 
 
 def read_table(path):

@@ -143,11 +143,11 @@ TASKS = {"tiny": (60, 200, 500), "tiny-30": (30, 200, 500), "tiny-120": (120, 20
 def load(name, language=0):
     """The task `name` as {split: [(text, label), ...]}: train, val, test and the three OOD domains."""
     train, val, test = TASKS[name]
-    of, distractors = Language(language), name == "tiny-distractors"
-    splits = {"train": of.reviews(train, 0, "train", distractors, balanced=not distractors),
-              "val": of.reviews(val, 0, "val", distractors)}
+    language, distractors = Language(language), name == "tiny-distractors"
+    splits = {"train": language.reviews(train, 0, "train", distractors, balanced=not distractors),
+              "val": language.reviews(val, 0, "val", distractors)}
     for domain, domain_name in enumerate(DOMAINS):
-        splits[domain_name if domain else "test"] = of.reviews(test, domain, "test", distractors)
+        splits[domain_name if domain else "test"] = language.reviews(test, domain, "test", distractors)
     return splits
 
 

@@ -36,7 +36,7 @@ class Part:
     """A number of each unit; `bound` is what it has to be above."""
 
     measure: str
-    of: Callable  # Unit -> number
+    value: Callable  # Unit -> number
     bound: float = 0.0
     predictions: Callable | None = None  # {method: {split: logits}}, {split: labels}, metric -> it, too
 
@@ -57,10 +57,10 @@ class Unit:
 
     def number(self, name, *keys):
         """The number, or array of numbers, under `keys` in the result of a run."""
-        found = look_up(self.results.get(f"{name}-{self.unit}"), *keys)
-        if found is None:
+        value = look_up(self.results.get(f"{name}-{self.unit}"), *keys)
+        if value is None:
             raise NotMeasured(f"no {'.'.join(keys)} in {name}-{self.unit}")
-        return found
+        return value
 
     def mean(self, name, group, *keys, ood=False):
         """The mean over the test split, or over the OOD splits."""
@@ -111,33 +111,33 @@ PLACES = ("in distribution", False), ("out of distribution", True)  # the latter
 def difference(label, one, other, *keys, place=None):
     """Of a number of two methods; or, with a place, of the means over its splits."""
     if place is None:
-        return Part(f"{label}: {one} - {other}", lambda of: of.number(one, *keys) - of.number(other, *keys))
+        return Part(f"{label}: {one} - {other}",
+                    lambda unit: unit.number(one, *keys) - unit.number(other, *keys))
     return Part(f"{label} {place[0]}: {one} - {other}",
-                lambda of: of.mean(one, *keys, ood=place[1]) - of.mean(other, *keys, ood=place[1]))
+                lambda unit: unit.mean(one, *keys, ood=place[1]) - unit.mean(other, *keys, ood=place[1]))
 
 
 def predicted(label, one, other, place, *keys):
     """The same of a number that is made of predictions: of other texts, it can be told from their logits."""
     def measure(logits, labels, metric):
-        number = METRICS[metric] if keys == ("score",) else lambda *some: calibration_error(*some)[0]
-
-        def of(name, split):
-            return number(torch.from_numpy(logits[name][split]), torch.from_numpy(labels[split]))
-        return statistics.mean(of(one, s) - of(other, s) for s in labels if (s == "test") != place[1])
+        def score(name, split):
+            pair = torch.from_numpy(logits[name][split]), torch.from_numpy(labels[split])
+            return METRICS[metric](*pair) if keys == ("score",) else calibration_error(*pair)[0]
+        return statistics.mean(score(one, s) - score(other, s) for s in labels if (s == "test") != place[1])
     return replace(difference(label, one, other, *keys, place=place), predictions=measure)
 
 
 def gain_by_T(other, place):
     return Part(f"fall of ECE by T {place[0]}: LP-FT - {other}",
-                lambda of: of.gain("LP-FT", place[1]) - of.gain(other, place[1]))
+                lambda unit: unit.gain("LP-FT", place[1]) - unit.gain(other, place[1]))
 
 
 ID, OOD = PLACES
 CLAIMS = [
     Claim("LP grows the head more than FT", "The head norm grows far more in LP than in FT or LoRA.",
-          Part("growth of ||V||: LP - FT", lambda of: of.growth("LP") - of.growth("FT")),
-          [Part("growth of ||V||: LP - LoRA", lambda of: of.growth("LP") - of.growth("LoRA")),
-           Part("growth of ||V||: LP - 2 FT", lambda of: of.growth("LP") - 2 * of.growth("FT"))]),
+          Part("growth of ||V||: LP - FT", lambda unit: unit.growth("LP") - unit.growth("FT")),
+          [Part("growth of ||V||: LP - LoRA", lambda unit: unit.growth("LP") - unit.growth("LoRA")),
+           Part("growth of ||V||: LP - 2 FT", lambda unit: unit.growth("LP") - 2 * unit.growth("FT"))]),
     Claim("LP-FT moves features less than FT", "Features change less in LP-FT than in FT.",
           difference("Diff(F)", "FT", "LP-FT", "features", "diff", place=ID),
           [difference("Diff(F)", "FT", "LP-FT", "features", "diff", place=OOD),
@@ -152,17 +152,17 @@ CLAIMS = [
           "F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT.",
           difference("FT ratio", "LP-FT", "FT", "ntk", "ft_ratio"),
           [part for name in ("FT", "LP-FT") for part in (
-              Part(f"rank: F - P, {name}", lambda of, name=name: of.rank_gain(name)),
+              Part(f"rank: F - P, {name}", lambda unit, name=name: unit.rank_gain(name)),
               Part(f"test accuracy of regression: F - P, {name}",
-                   lambda of, name=name: of.regression_gain(name)))]),
+                   lambda unit, name=name: unit.regression_gain(name)))]),
     Claim("LoRA has nearly the same F as FT", "F under LoRA has nearly F's rank and spectrum under FT.",
           Part("singular values of F, LoRA and FT: smaller / larger",
-               lambda of: of.spectra("FT", "LoRA"), 0.5),
-          [Part("the same, LP-LoRA and LP-FT", lambda of: of.spectra("LP-FT", "LP-LoRA"), 0.5)]),
+               lambda unit: unit.spectra("FT", "LoRA"), 0.5),
+          [Part("the same, LP-LoRA and LP-FT", lambda unit: unit.spectra("LP-FT", "LP-LoRA"), 0.5)]),
     Claim("A larger head makes features move less", "The longer the first head, the less features move.",
           Part("fall of Diff(F) per factor 10 on FT's head, in distribution",
-               lambda of: of.fall("FT", False)),
-          [Part(f"the same, {name}, {place}", lambda of, name=name, ood=ood: of.fall(name, ood))
+               lambda unit: unit.fall("FT", False)),
+          [Part(f"the same, {name}, {place}", lambda unit, name=name, ood=ood: unit.fall(name, ood))
            for name in ("FT", "LP-FT") for place, ood in PLACES if (name, ood) != ("FT", False)]),
     Claim("LP-FT is worse calibrated than FT, and a temperature mends it",
           "LP-FT has a higher ECE than FT and gains most from temperature scaling.",
@@ -185,8 +185,8 @@ def judge(out, plan, results):
         primary, *parts = (measure(part, results, units, logits) for part in (claim.primary, *claim.parts))
         judged.append({"claim": claim.claim, "says": claim.says, "primary": primary, "parts": parts})
     measured = [claim["primary"] for claim in judged if "p" in claim["primary"]]
-    for primary, wrong in zip(measured, holm([primary["p"] for primary in measured])):
-        primary["verdict"] = "undecided" if not wrong else (
+    for primary, rejected in zip(measured, holm([primary["p"] for primary in measured])):
+        primary["verdict"] = "undecided" if not rejected else (
             "holds" if primary["mean"] > primary["bound"] else "does not hold")
     for claim in judged:
         claim["primary"].setdefault("verdict", "not measured")
@@ -196,19 +196,19 @@ def judge(out, plan, results):
 
 def measure(part, results, units, logits=None):
     """{measure, bound, mean, lower, upper, p, units, values}; without numbers, {measure, bound, why}."""
-    found = {"measure": part.measure, "bound": part.bound}
+    measured = {"measure": part.measure, "bound": part.bound}
     try:
-        values = [float(part.of(Unit(results, unit))) for unit in units]
+        values = [float(part.value(Unit(results, unit))) for unit in units]
     except NotMeasured as error:  # to leave out a unit where a number is not defined would choose among units
-        return found | {"why": str(error)}
+        return measured | {"why": str(error)}
     if all(value == part.bound for value in values):
-        return found | {"why": "every unit ties"}
+        return measured | {"why": "every unit ties"}
     if logits and part.predictions:
         mean, lower, upper, p = bootstrap(part, logits, values, results[f"LP-{units[0]}"]["metric"])
     else:
         mean, lower, upper, p = paired_t(values, part.bound)
-    numbers = {"mean": mean, "lower": lower, "upper": upper, "p": p, "units": len(units), "values": values}
-    return found | numbers
+    return measured | {"mean": mean, "lower": lower, "upper": upper, "p": p, "units": len(units),
+                       "values": values}
 
 
 def paired_t(values, bound=0.0):
@@ -227,14 +227,14 @@ def bootstrap(part, logits, values, metric):
     texts, the same for every unit. The units: their standard error, as in paired_t. The variances are added,
     with Welch and Satterthwaite's degrees of freedom for the sum.
     """
-    rng, n, mean, found = np.random.default_rng(0), len(values), statistics.mean(values), []
+    rng, n, mean, redrawn = np.random.default_rng(0), len(values), statistics.mean(values), []
     sizes = {split: len(labels) for split, labels in logits[next(iter(logits))][1].items()}
     for _ in range(DRAWS):
         texts = {split: rng.integers(size, size=size) for split, size in sizes.items()}
-        found.append(statistics.mean(part.predictions(
-            {name: {s: of[s][texts[s]] for s in of} for name, of in methods.items()},
-            {s: of[texts[s]] for s, of in labels.items()}, metric) for methods, labels in logits.values()))
-    of_texts, of_units = statistics.variance(found), statistics.variance(values) / n
+        redrawn.append(statistics.mean(part.predictions(
+            {name: {s: splits[s][texts[s]] for s in splits} for name, splits in methods.items()},
+            {s: labels[s][texts[s]] for s in labels}, metric) for methods, labels in logits.values()))
+    of_texts, of_units = statistics.variance(redrawn), statistics.variance(values) / n
     total = of_texts + of_units
     if not total:
         return mean, mean, mean, float(mean == part.bound)
@@ -246,27 +246,28 @@ def bootstrap(part, logits, values, metric):
 
 def read_logits(out, units):
     """{unit: ({method: {split: logits (N, C)}}, {split: labels (N,)})}; ValueError for a file that is cut."""
-    found = {}
+    logits = {}
     for unit in units:
-        saved = {}
+        arrays = {}  # {method: what its logits.npz holds}
         for name in METHODS:
             path = out / "runs" / f"{name}-{unit}" / "logits.npz"
             try:
-                saved[name] = dict(np.load(path))
+                arrays[name] = dict(np.load(path))
             except (OSError, ValueError, BadZipFile) as error:
                 raise ValueError(f"{path}: not the logits that train.py writes ({error})") from None
-        splits = [key[7:] for key in saved["LP"] if key.startswith("labels_") and key != "labels_val"]
-        found[unit] = ({name: {s: of[f"logits_{s}"] for s in splits} for name, of in saved.items()},
-                       {s: saved["LP"][f"labels_{s}"] for s in splits})
-    return found
+        splits = [key[7:] for key in arrays["LP"] if key.startswith("labels_") and key != "labels_val"]
+        logits[unit] = ({name: {s: arrays[name][f"logits_{s}"] for s in splits} for name in METHODS},
+                        {s: arrays["LP"][f"labels_{s}"] for s in splits})
+    return logits
 
 
 def holm(ps, level=0.05):
     """Which hypotheses Holm's procedure rejects: the chance that any is wrongly rejected is 5 % at most."""
-    rejected, going = [False] * len(ps), True
+    rejected = [False] * len(ps)
     for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        going = going and ps[i] <= level / (len(ps) - rank)
-        rejected[i] = going
+        if ps[i] > level / (len(ps) - rank):
+            break
+        rejected[i] = True
     return rejected
 
 

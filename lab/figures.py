@@ -98,8 +98,8 @@ def trace_norms(out, results, units):
     labels, largest = saved["labels"][order], max(map(np.max, norms))
     scale = LogNorm(max(min(map(np.min, norms)), largest * 1e-5), largest)
     figure, (*axes, last) = panels(len(drawn) + 1)
-    for axis, (name, kernel, _), of in zip(axes, drawn, norms):
-        image = axis.imshow(of, cmap="cividis", norm=scale)
+    for axis, (name, kernel, _), norm in zip(axes, drawn, norms):
+        image = axis.imshow(norm, cmap="cividis", norm=scale)
         for edge in np.flatnonzero(np.diff(labels)) + 0.5:
             axis.axhline(edge, color="white", linewidth=0.8)
             axis.axvline(edge, color="white", linewidth=0.8)
@@ -135,8 +135,8 @@ def head_scales(out, results, units):
     for axis, (title, group) in zip(axes, groups):
         for name in ("FT", "LP-FT"):
             runs = [of_units(results, scaled(name, factor), units) for factor in factors]
-            diffs = np.array([[statistics.mean(r["features"][split]["diff"] for split in group) for r in of]
-                              for of in runs])  # (factors, units)
+            diffs = np.array([[statistics.mean(r["features"][split]["diff"] for split in group) for r in row]
+                              for row in runs])  # (factors, units)
             axis.errorbar(factors, diffs.mean(1), diffs.std(1, ddof=1) / len(units) ** 0.5, label=name,
                           color=COLOURS[name], marker="o", capsize=3)
         axis.set(xscale="log", xlabel="factor on the starting head", ylabel="Diff(F)", title=title)
@@ -151,20 +151,20 @@ def reliability(out, results, units):
     for axis, name in zip(axes, METHODS):
         runs = of_units(results, name, units)
         fitted = [run["temperature"] for run in runs if run["temperature"]]  # the others have none
-        saved = [np.load(out / "runs" / f"{name}-{unit}" / "logits.npz") for unit in units]
-        labels = np.concatenate([of["labels_test"] for of in saved])
+        arrays = [np.load(out / "runs" / f"{name}-{unit}" / "logits.npz") for unit in units]
+        labels = np.concatenate([array["labels_test"] for array in arrays])
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=1)
-        for marker, colour, what in (("o", COLOURS[name], "as trained"), ("^", "#222222", "divided by T")):
-            scaled_by = [(run["temperature"] or 1.0) if what == "divided by T" else 1.0 for run in runs]
-            probs = torch.cat([(torch.from_numpy(of["logits_test"]).double() / t).softmax(1)
-                               for of, t in zip(saved, scaled_by)])  # (texts of all units, C)
+        for marker, colour, label in (("o", COLOURS[name], "as trained"), ("^", "#222222", "divided by T")):
+            temperatures = [run["temperature"] if label == "divided by T" else None for run in runs]
+            probs = torch.cat([(torch.from_numpy(array["logits_test"]).double() / (t or 1.0)).softmax(1)
+                               for array, t in zip(arrays, temperatures)])  # (texts of all units, C)
             confidence, guess = (x.numpy() for x in probs.max(1))
             right, bins = guess == labels, np.ceil(confidence * 15)
             points = np.array([(confidence[bins == b].mean(), right[bins == b].mean(), (bins == b).mean())
                                for b in np.unique(bins)])
             axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=1)
             axis.scatter(points[:, 0], points[:, 1], 8 + 150 * points[:, 2], marker=marker, color=colour,
-                         clip_on=False, label=f"{what}, {len(right)} texts")
+                         clip_on=False, label=f"{label}, {len(right)} texts")
         title = f"{name}, mean T = {statistics.mean(fitted):.3g}" if fitted else f"{name}, T not fitted"
         axis.set(title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
         axis.legend(fontsize=8)

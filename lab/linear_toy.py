@@ -60,15 +60,16 @@ def run(seed=0):
 
 def lora_kernel_error(r, sigma=0.1, seed=0):
     """||F_LoRA / (sigma^2 r) - F|| / ||F|| on the training inputs; ||v||^2 cancels."""
-    x, F = (of := problem(seed)[0]), of @ of.T  # (N, D), (N, N)
+    x = problem(seed)[0]  # (N, D)
+    F = x @ x.T  # (N, N)
     Ax = x @ np.random.default_rng(seed + 1).normal(0, sigma, (r, D)).T  # (N, r)
     return np.linalg.norm(Ax @ Ax.T / (sigma**2 * r) - F) / np.linalg.norm(F)
 
 
-def draw(found):
+def draw(curves):
     figure, axes = plt.subplots(1, 4, figsize=(12, 2.9))
     for i, title in enumerate(("training loss", "OOD loss", "change of B on S", "change of B off S")):
-        for name, values in found.items():
+        for name, values in curves.items():
             axes[i].plot(range(0, 2001, 50), values[:, i], color=COLOURS[name], label=name)
         axes[i].set(title=title, xlabel="step", yscale="log" if i < 2 else "linear")
     axes[3].set_ylim(axes[2].get_ylim())
@@ -78,15 +79,15 @@ def draw(found):
 
 def work(out, seeds=10):
     runs = [run(seed) for seed in range(seeds)]
-    found = {name: np.mean([of[name] for of in runs], 0) for name in runs[0]}
+    curves = {name: np.mean([of_seed[name] for of_seed in runs], 0) for name in runs[0]}
     with plt.rc_context(STYLE):
-        draw(found).savefig(out, dpi=150)
+        draw(curves).savefig(out, dpi=150)
     print(f"{'mean of 10':10s}{'train loss':>12s}{'OOD loss':>12s}{'B on S':>12s}{'B off S':>12s}")
-    for name, values in found.items():
+    for name, values in curves.items():
         print(f"{name:10s}" + "".join(f"{x:12.3g}" for x in values[-1]))
     print("F under LoRA, by its mean, differs from F by",
           ", ".join(f"{lora_kernel_error(r):.2f} at r = {r}" for r in (1, 8, 64, 512)))
-    return found
+    return curves
 
 
 def main(argv=None):

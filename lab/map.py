@@ -43,39 +43,39 @@ def map_runs(args, tasks):
     return runs
 
 
-def measure(result, what):
+def measure(result, measure):
     """A number of a run; OOD is the mean over the other domains. T has none where it could not be fitted."""
     ood = [value for split, value in result["accuracy"].items() if split != "test"]
     return {"id": result["accuracy"]["test"], "ood": statistics.mean(ood),
             "diff": result["features"]["test"]["diff"], "ece": result["calibration"]["test"]["ece"],
-            "temperature": result["temperature"]}[what]  # None where it was not fitted
+            "temperature": result["temperature"]}[measure]  # None where it was not fitted
 
 
 def collect(results, tasks, units):
     """{task: {method: {measure: [[number for each language] for each rate]}}}, of what every language has."""
-    found = {}
+    numbers = {task: {} for task in tasks}
     for task in tasks:
         for name, (method, lora) in METHODS.items():
             runs = {rate: [results.get(f"{task}.{name}={rate}-{unit}") for unit in units]
                     for rate in (RATES[lora] if method != "lp" else ("",))}
-            runs = {rate: of for rate, of in runs.items() if None not in of}
-            found.setdefault(task, {})[name] = {"rates": [*runs]} | {
-                what: [[measure(result, what) for result in of] for of in runs.values()]
-                for measures in MEASURES.values() for what in measures.values()}
-    return found
+            runs = {rate: row for rate, row in runs.items() if None not in row}
+            numbers[task][name] = {"rates": [*runs]} | {
+                key: [[measure(result, key) for result in row] for row in runs.values()]
+                for measures in MEASURES.values() for key in measures.values()}
+    return numbers
 
 
-def draw(found, measures):
+def draw(numbers, measures):
     """Rows are measures, columns tasks."""
-    figure, axes = plt.subplots(len(measures), len(found), figsize=(3.3 * len(found), 2.7 * len(measures)),
-                                squeeze=False, sharex=True, sharey="row")
-    for row, (title, what) in zip(axes, measures.items()):
-        for axis, (task, methods) in zip(row, found.items()):
-            for name, of in methods.items():
-                values, colour = np.array(of[what], float), COLOURS[name]  # (rates, languages); None is NaN
-                if not len(values) or name == "LP" and what in ("diff",):
+    figure, axes = plt.subplots(len(measures), len(numbers), squeeze=False, sharex=True, sharey="row",
+                                figsize=(3.3 * len(numbers), 2.7 * len(measures)))
+    for row, (title, key) in zip(axes, measures.items()):
+        for axis, (task, methods) in zip(row, numbers.items()):
+            for name, curves in methods.items():
+                colour, values = COLOURS[name], np.array(curves[key], float)  # (rates, languages), None: NaN
+                if not len(values) or name == "LP" and key == "diff":
                     continue
-                rates = of["rates"] if name != "LP" else [min(RATES[False]), max(RATES[True])]
+                rates = curves["rates"] if name != "LP" else [min(RATES[False]), max(RATES[True])]
                 values = values if name != "LP" else np.repeat(values, 2, 0)
                 style = "--" if "LoRA" in name else ":" if name == "LP" else "-"
                 axis.plot(rates, values, color=colour, linewidth=0.6, alpha=0.35, linestyle=style)
@@ -84,9 +84,9 @@ def draw(found, measures):
                 mean, lower, upper, _ = np.array(intervals).T
                 axis.plot(rates, mean, color=colour, linewidth=2.5, linestyle=style, label=name)
                 axis.fill_between(rates, lower, upper, color=colour, alpha=0.15, linewidth=0)
-            axis.set(xscale="log", yscale="log" if what == "temperature" else "linear")
+            axis.set(xscale="log", yscale="log" if key == "temperature" else "linear")
         row[0].set_ylabel(title)
-    for axis, task in zip(axes[0], found):
+    for axis, task in zip(axes[0], numbers):
         axis.set_title(TASKS[task])
     for axis in axes[-1]:
         axis.set_xlabel("learning rate")
@@ -100,10 +100,10 @@ def make_map(args, tasks):
     reproduce.refuse_other_flags(args, runs)
     failed = reproduce.run_all(args, reproduce.encoders(args), "encoders", 1)
     failed |= reproduce.run_all(args, runs, "runs")
-    found = collect(read_results(args.out, runs), tasks, args.units)
-    write_text(args.out / "map.json", json.dumps({"languages": args.units, "tasks": found}) + "\n")
+    numbers = collect(read_results(args.out, runs), tasks, args.units)
+    write_text(args.out / "map.json", json.dumps({"languages": args.units, "tasks": numbers}) + "\n")
     for file, measures in MEASURES.items():
-        save(args.out / file, draw, found, measures)
+        save(args.out / file, draw, numbers, measures)
     print(f"map: {args.out / 'map.png'}, {args.out / 'map-mechanism.png'}, {args.out / 'map.json'}")
     if failed:
         raise Failed(f"{len(failed)} runs failed, so points are missing; the same command tries them again")

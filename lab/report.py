@@ -68,11 +68,11 @@ def fill(rows, results, units):
     table = {}
     for row, columns in rows.items():
         for column, (name, *keys) in columns.items():
-            found = {f"{name}-{unit}": look_up(results.get(f"{name}-{unit}"), *keys) for unit in units}
-            if None not in found.values():
+            values = {f"{name}-{unit}": look_up(results.get(f"{name}-{unit}"), *keys) for unit in units}
+            if None not in values.values():
                 table.setdefault(row, {})[column] = {
-                    "mean": statistics.mean(found.values()), "std": statistics.stdev(found.values()),
-                    "values": [*found.values()], "runs": [f"runs/{run}/result.json" for run in found],
+                    "mean": statistics.mean(values.values()), "std": statistics.stdev(values.values()),
+                    "values": [*values.values()], "runs": [f"runs/{run}/result.json" for run in values],
                     "key": ".".join(keys)}
     return table
 

@@ -59,8 +59,8 @@ def parse_args(argv=None):
     add("--out", type=Path, help="folder of everything (default: reproduction/DATA-MODEL)")
     add("--list", action="store_true", help="print the commands that are left, and run none")
     add("--report", action="store_true", help="make the report of what is there, and run nothing")
-    args, args.handed = parser.parse_known_args(argv)
-    own = {word.split("=")[0] for word in args.handed} & {*OWN_FLAGS}
+    args, args.further = parser.parse_known_args(argv)
+    own = {word.split("=")[0] for word in args.further} & {*OWN_FLAGS}
     if own:
         parser.error(f"{min(own)} has no effect: every run has its own; expected flags like --max-train")
     embedded = args.data in tiny.TASKS
@@ -87,20 +87,20 @@ def parse_args(argv=None):
 
 def encoder_of(args, unit):
     """The encoder of a unit; of languages above 0 they lie beside --out, for several folders to share."""
-    made = args.out.parent / "encoders" / str(unit)
-    return made if args.unit == "language" and unit else args.model
+    folder = args.out.parent / "encoders" / str(unit)
+    return folder if args.unit == "language" and unit else args.model
 
 
 def common_flags(args, name, unit):
     """train.py's flags of one run of a method."""
-    (method, lora), handed = METHODS[name], list(args.handed)
-    if method == "lp" and "--epochs" in handed:  # LP has none
-        place = handed.index("--epochs")
-        del handed[place:place + 2]
+    (method, lora), further = METHODS[name], list(args.further)
+    if method == "lp" and "--epochs" in further:  # LP has none
+        place = further.index("--epochs")
+        del further[place:place + 2]
     language = ["--language", str(unit)] if args.unit == "language" else []
     model = ["--model", str(encoder_of(args, unit))]
     return ["--method", method, *["--lora"] * lora, "--data", args.data, *model, *language, "--seed",
-            str(unit), *handed]
+            str(unit), *further]
 
 
 def rates_of(args, name):
@@ -150,10 +150,10 @@ def shell_line(args, name, flags):
         path = f'PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
         return f"{done} || exec env {path} {shlex.join([sys.executable, '-m', 'lab.pretrain', *flags])}"
     folder = args.out / "runs" / name
-    begin, go_on = (shlex.join(["exec", sys.executable, str(ROOT / "train.py"), *words])
-                    for words in ([*flags, "--out", str(folder)], ["--resume", str(folder)]))
+    begin, resume = (shlex.join(["exec", sys.executable, str(ROOT / "train.py"), *words])
+                     for words in ([*flags, "--out", str(folder)], ["--resume", str(folder)]))
     begun = f"test -e {shlex.quote(str(folder / 'config.json'))}"
-    return f"export OMP_NUM_THREADS=1; {done} || if {begun}; then {go_on}; else {begin}; fi"
+    return f"export OMP_NUM_THREADS=1; {done} || if {begun}; then {resume}; else {begin}; fi"
 
 
 def run_all(args, commands, title, jobs=None):
@@ -162,24 +162,24 @@ def run_all(args, commands, title, jobs=None):
     for name in waiting:  # ValueError for what outlived a killed lab.reproduce, or runs on another machine
         if (args.out / "runs" / name).is_dir():
             lock_folder(args.out / "runs" / name).release()
-    going, failed = {}, {}
+    running, failed = {}, {}
     with tqdm(total=len(commands), initial=len(commands) - len(waiting), desc=title, unit="run") as bar:
         try:
-            while waiting or going:
-                while waiting and len(going) < (jobs or args.jobs):
+            while waiting or running:
+                while waiting and len(running) < (jobs or args.jobs):
                     name = waiting.pop(0)
-                    going[name] = start(args, name, commands[name])
+                    running[name] = start(args, name, commands[name])
                 time.sleep(0.02)
-                for name in [name for name, process in going.items() if process.poll() is not None]:
-                    if status := going.pop(name).returncode:
+                for name in [name for name, process in running.items() if process.poll() is not None]:
+                    if status := running.pop(name).returncode:
                         log = args.out / "runs" / f"{name}.log"
                         failed[name] = f"{last_error(log) or f'status {status}'} (all it said: {log})"
                         tqdm.write(f"{name} failed: {failed[name]}")
                     bar.update()
         finally:
-            for process in going.values():  # train.py stops; its last whole epoch is saved
+            for process in running.values():  # train.py stops; its last whole epoch is saved
                 process.terminate()
-            for process in going.values():
+            for process in running.values():
                 process.wait()
     return failed
 

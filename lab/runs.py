@@ -29,17 +29,17 @@ def read_plan(out):
 
 def read_results(out, runs):
     """{run: result.json} of those of `runs` that are finished."""
-    found = {}
+    results = {}
     for name in runs:
         path = out / "runs" / name / "result.json"
         if path.is_file():
-            result = found[name] = read_json(path)
+            result = results[name] = read_json(path)
             metric = result.get("metric")
             if not isinstance(result.get(metric), dict) or look_up(result, f"val_{metric}") is None:
                 raise ValueError(f"{path}: not what train.py writes; expected a metric and its scores")
             if result.get("temperature_reason"):  # T = 1 stands for none
                 result["temperature"] = None
-    return found
+    return results
 
 
 def look_up(result, *keys):
@@ -55,9 +55,9 @@ def look_up(result, *keys):
 
 def last_error(log):
     """The last error that train.py wrote to a file, or None."""
-    said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    said = [line.split(": error: ", 1)[1] for line in said if ": error: " in line]
-    return said[-1] if said else None
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    errors = [line.split(": error: ", 1)[1] for line in lines if ": error: " in line]
+    return errors[-1] if errors else None
 
 
 def complete_units(results, units):
@@ -71,8 +71,8 @@ def complete_units(results, units):
 
 def scales_of(results):
     """The factors on the starting head of which there are runs, rising; 1 is that of the main runs."""
-    found = [run.split("-scale")[1].rsplit("-", 1)[0] for run in results if "-scale" in run]
-    return sorted({1.0, *map(float, found)})
+    factors = [run.split("-scale")[1].rsplit("-", 1)[0] for run in results if "-scale" in run]
+    return sorted({1.0, *map(float, factors)})
 
 
 def scaled(name, factor):
@@ -82,11 +82,11 @@ def scaled(name, factor):
 
 def by_rate(tuning):
     """{method: {rate: [runs]}} of the names of tuning runs."""
-    found = {}
+    runs = {}
     for run in tuning:
         method, rate = run.removeprefix("tune-").rsplit("-", 1)[0].split("=")
-        found.setdefault(method, {}).setdefault(rate, []).append(run)
-    return found
+        runs.setdefault(method, {}).setdefault(rate, []).append(run)
+    return runs
 
 
 def tuning_scores(results, tuning):

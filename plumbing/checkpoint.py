@@ -124,11 +124,11 @@ def check_config(raw, path):
     supported = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",), "is_decoder": (False,),
                  "position_embedding_type": ("absolute", None), "pooling": ("first", "mean")}
     for key, allowed in supported.items():
-        found = raw.get(key, None if key == "model_type" else allowed[0])
-        if found not in allowed:
-            raise ValueError(f"{path}: {key} is {found!r}; supported: {', '.join(map(str, allowed))}")
-    known = {field.name: raw[field.name] for field in fields(EncoderConfig) if field.name in raw}
-    for name, value in known.items():
+        value = raw.get(key, None if key == "model_type" else allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{path}: {key} is {value!r}; supported: {', '.join(map(str, allowed))}")
+    sizes = {field.name: raw[field.name] for field in fields(EncoderConfig) if field.name in raw}
+    for name, value in sizes.items():
         kind = EncoderConfig.__annotations__[name]
         least = 0 if name in ("type_vocab_size", "pad_token_id") or kind is float else 1
         if kind is not str and (type(value) not in (int, kind) or not least <= value < 2**31):
@@ -136,12 +136,12 @@ def check_config(raw, path):
                              "more")
         if name.endswith("_prob") and value >= 1:
             raise ValueError(f"{path}: {name} is {value!r}; expected a probability below 1")
-    if known.get("pad_token_id", 0) >= known.get("vocab_size", 1):
-        raise ValueError(f"{path}: pad_token_id is {known['pad_token_id']}; expected below vocab_size")
+    if sizes.get("pad_token_id", 0) >= sizes.get("vocab_size", 1):
+        raise ValueError(f"{path}: pad_token_id is {sizes['pad_token_id']}; expected below vocab_size")
     if raw["model_type"] == "roberta" and "pad_token_id" not in raw:
-        known["pad_token_id"] = 1  # RoBERTa's default in transformers
+        sizes["pad_token_id"] = 1  # RoBERTa's default in transformers
     try:
-        return EncoderConfig(**known)
+        return EncoderConfig(**sizes)
     except TypeError as error:  # a size without a default is not in the file
         raise ValueError(f"{path}: {str(error).removeprefix('EncoderConfig.__init__() ')}") from None
 
@@ -198,8 +198,8 @@ def download_checkpoint(name, pooling):
     print(f"checkpoint {name}: from the Hugging Face hub or its cache", flush=True)
     logging.set_verbosity_error()  # it tries for half a minute; a warning for each try says nothing more
     try:
-        asked = [pooling_file] * (pooling == "auto")
-        for file in ("tokenizer.json", *asked, "model.safetensors", "config.json"):
+        optional = [pooling_file] * (pooling == "auto")
+        for file in ("tokenizer.json", *optional, "model.safetensors", "config.json"):
             try:
                 path = Path(hf_hub_download(name, file))
             except EntryNotFoundError as error:
