@@ -19,9 +19,9 @@ def add_gram(kernel, J):
     rows = kernel.shape[1]
     for chunk in J.split(MAX_COLUMNS[J.is_cuda], 1):
         chunk = chunk if rows >= 64 else chunk.to(kernel)  # float32 products of few rows are less exact
-        for start in range(0, max(rows - 63, 1), 128):  # products of a multiple of 16 columns are faster
-            stop = start + 128 if rows - start >= 192 else rows
-            kernel[start:, start:stop] += (chunk[start:] @ chunk[start:stop].T).to(kernel.device)
+        for start in range(0, max(rows - 63, 1), 64):  # 64 rows at a time, the test rows with the last
+            stop = start + 64 if rows - start >= 128 else len(chunk)
+            kernel[start:stop, :stop] += (chunk[start:stop] @ chunk[:min(stop, rows)].T).to(kernel.device)
 
 
 def on_device(model, batches):
