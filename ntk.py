@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from lpft import fit_linear_probe, stratified_folds
-from plumbing import exact
+from plumbing import devices, exact
 
 MAX_NUMBERS = 2**23, 2**27  # of one part of J that is formed: on a CPU, on CUDA
 
@@ -88,7 +88,7 @@ def empirical_ntk(model, train_batches, test_batches=None):
     ValueError where the result would not be exact, ArithmeticError where autograd disagrees (spot_check).
     """
     exact.check_exactness(model, train_batches, test_batches)
-    train, test = (exact.on_device(model, batches or ()) for batches in (train_batches, test_batches))
+    train, test = (devices.all_to_device(batches or (), model) for batches in (train_batches, test_batches))
     N, R = (sum(len(b["input_ids"]) for b in batches) for batches in (train, train + test))
     U, probes = split_head(model.head.weight)  # (C, r), (r, h)
     C, r = U.shape
@@ -284,12 +284,12 @@ def predicted_feature_change(model, train_batches, deltas, lr, batches):
         return lambda t: model.pool(functional_call(model.encoder, t, (), batch), batch.get("attention_mask"))
 
     with exact.full_precision(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward mode
-        for batch in exact.on_device(model, train_batches):
+        for batch in devices.all_to_device(train_batches, model):
             n = len(batch["input_ids"])
             gradients = vjp(features(batch), trained)[1](pulled[:n])[0]
             step = {name: step[name] + g for name, g in gradients.items()}
             pulled = pulled[n:]
-        changes = [jvp(features(batch), (trained,), (step,))[1] for batch in exact.on_device(model, batches)]
+        changes = [jvp(features(b), (trained,), (step,))[1] for b in devices.all_to_device(batches, model)]
     return lr * torch.cat(changes)
 
 

@@ -21,7 +21,7 @@ from data import draw_ntk_samples, load_task, read_task
 from lpft import (METRICS, NotFinite, accuracy, best_epoch, calibration_error, feature_statistics, fine_tune,
                   fit_linear_probe, fit_temperature, logits_of, predict, set_head, why_no_temperature)
 from model import Classifier, add_lora, count_parameters
-from plumbing import checkpoint, devices, exact, export, files, flags, run_folder
+from plumbing import checkpoint, devices, export, files, flags, run_folder
 
 
 def parse_args(argv=None):
@@ -151,7 +151,7 @@ def ntk_stage(args, model, task):
     kernels = {name: kernel[places["test" in name]][:, :, places[0]] for name, kernel in kernels.items()}
     P, F, test_P, test_F = kernels.values()  # (N, C, N, C), twice; (M, C, N, C), twice
     with torch.no_grad():
-        logits = torch.cat([model(**batch).cpu() for batch in exact.on_device(model, batches[0])])  # (N, C)
+        logits = torch.cat([model(**b).cpu() for b in devices.all_to_device(batches[0], model)])  # (N, C)
     deltas = ntk.initial_deltas(logits[places[0]], labels)
     result = {"train_samples": len(labels), "test_samples": len(test_labels), "test_split": [*picked][1],
               "ft_ratio": ntk.ft_ratio(ntk.NTK(P, F), deltas)}

@@ -16,7 +16,7 @@ def choose_device(name):
         name = next(kind for kind, there in available.items() if there)
         why = "no CUDA or MPS device found" if name == "cpu" else "found by --device auto"
     else:
-        why = f"asked for by --device {name}"
+        why = "given"
     if not available[name]:
         raise ValueError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; "
                          f"available: {', '.join(kind for kind, there in available.items() if there)}")
@@ -32,6 +32,11 @@ def to_device(batch, device):
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in batch.items()}
     return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def all_to_device(batches, model):
+    """These batches on the model's device, in a list."""
+    return [to_device(batch, device_of(model)) for batch in batches]
 
 
 def padding(device):

@@ -24,10 +24,6 @@ def add_gram(kernel, J):
             kernel[start:stop, :stop] += (chunk[start:stop] @ chunk[:min(stop, rows)].T).to(kernel.device)
 
 
-def on_device(model, batches):
-    return [{name: t.to(model.head.weight.device) for name, t in batch.items()} for batch in batches]
-
-
 @contextmanager
 def full_precision():
     """No TF32 or bfloat16 inside float32 products."""
