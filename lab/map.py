@@ -68,7 +68,7 @@ def collect(results, tasks, units):
 def draw(numbers, measures):
     """Rows are measures, columns tasks."""
     figure, axes = plt.subplots(len(measures), len(numbers), squeeze=False, sharex=True, sharey="row",
-                                figsize=(3.3 * len(numbers), 2.7 * len(measures)))
+                                figsize=(0.5 + 2.2 * len(numbers), 2.4 * len(measures)))
     for row, (title, key) in zip(axes, measures.items()):
         for axis, (task, methods) in zip(row, numbers.items()):
             for name, curves in methods.items():
