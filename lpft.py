@@ -32,30 +32,29 @@ class LinearProbe:
 
     weight: torch.Tensor  # V, (C, h), float64
     bias: torch.Tensor  # b, (C,), float64
-    inverse_l2: float  # scikit-learn's C
-    scores: np.ndarray  # cross-validation score of each strength, summed over folds, (10,); or None
+    inverse_l2: float  # scikit-learn's C: the larger, the weaker the penalty
+    scores: np.ndarray  # cross-validation score of each inverse_l2, summed over folds, (10,); or None
     path: list  # (||V||_F, training accuracy) at every step of the solver, from V = 0 (Fig. 1)
 
 
 def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="accuracy", fold_of=None):
     """Multinomial logistic regression on features (N, h) and labels (N,), in float64 on the CPU.
 
-    Minimises scikit-learn's objective, inverse_l2 * sum_i cross_entropy(V phi(x_i) + b, y_i) + 1/2 ||V||_F^2,
-    b without penalty. For two classes scikit-learn fits one vector w, V = [-w/2, w/2], and penalises 1/2
-    ||w||^2, which is ||V||_F^2: twice the penalty. If `inverse_l2` is None, cross-validation over the folds
-    of `fold_of` (each sample's number, (N,); default: stratified_folds) picks it from INVERSE_L2_GRID by
-    `scoring`, "accuracy" or "log-loss": the smallest of those with the highest sum over folds, as
-    scikit-learn does.
+    Minimises scikit-learn's objective, inverse_l2 * sum_i cross_entropy(V phi(x_i) + b, y_i) + 1/2 ||V||_F^2;
+    for two classes + ||V||_F^2, because there scikit-learn fits one vector w and penalises 1/2 ||w||^2, and
+    with V = [-w/2, w/2] that is ||V||_F^2. b has no penalty. If `inverse_l2` is None, cross-validation picks
+    it from INVERSE_L2_GRID by `scoring`, "accuracy" or "log-loss"; of several with the same best score, the
+    smallest, as scikit-learn does. `fold_of` (N,) is the fold of each sample (default: stratified_folds).
 
-    Raises ValueError for a class with fewer samples than folds or none, or features that are not finite.
+    ValueError for a class without samples, features that are not finite, and what stratified_folds refuses.
     """
     x, labels = features.detach().cpu().double(), labels.cpu()  # (N, h), (N,)
     present = labels.bincount(minlength=num_classes) > 0  # (C,)
     if not (torch.isfinite(x).all() and present.all()):  # an absent class's bias would fall without end
         raise ValueError("linear probing: " + ("the features hold NaN or infinity" if present.all() else
                          f"no sample of class {int(present.int().argmin())}; expected all {num_classes}"))
-    # Rotate to principal axes. The penalty does not notice, and the Hessian is then nearly diagonal, which is
-    # what the solver's preconditioner asks for. Axes without data stay at zero.
+    # Centre and rotate to principal axes. That changes no ||V||, and b takes up the shift; the Hessian comes
+    # near a diagonal, as the solver's preconditioner is. Along axes without data V is 0: they are left out.
     mean = x.mean(0)  # (h,)
     _, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # (h, h), by growing variance
     axes = axes[:, -min(len(x), x.shape[1]):]  # (h, k)
@@ -73,34 +72,34 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
         right = (newton.fold_logits(z, theta)[:, 0].argmax(1) == labels).double().mean()
         path.append((float(theta[0, :, :-1].norm()), float(right)))
 
-    start, strength = x.new_zeros(1, num_classes, z.shape[1]), x.new_full((len(x), 1), inverse_l2)
-    theta = newton.minimise_logistic(objective, z, strength, penalty, start, 1e-10, record)[0]  # (C, k + 1)
-    theta -= theta.mean(0)  # softmax ignores the mean over classes, the penalty wants 0: rank C - 1
+    start, of_each = x.new_zeros(1, num_classes, z.shape[1]), x.new_full((len(x), 1), inverse_l2)
+    theta = newton.minimise_logistic(objective, z, of_each, penalty, start, 1e-10, record)[0]  # (C, k + 1)
+    theta -= theta.mean(0)  # no probability changes, and the penalty is least: rows sum to 0, rank C - 1
     weight = theta[:, :-1] @ axes.T  # (C, h)
     return LinearProbe(weight, theta[:, -1] - weight @ mean, inverse_l2, scores, path)
 
 
-def lp_objective(theta, strength, z, onehot, penalty):
+def lp_objective(theta, inverse_l2, z, onehot, penalty):
     """What LP minimises, and its gradient by theta = [V, b], (C, k + 1):
 
-        sum_i strength_i * cross_entropy(theta z_i, y_i)  +  1/2 sum_j penalty_j * ||column j of theta||^2
+        sum_i inverse_l2_i * cross_entropy(theta z_i, y_i)  +  1/2 sum_j penalty_j * ||column j of theta||^2
 
-    strength (N,), scikit-learn's C, and 0 for a sample that is held out; z (N, k + 1), features with a 1
+    inverse_l2 (N,), scikit-learn's C, and 0 for a sample that is held out; z (N, k + 1), features with a 1
     behind each; onehot (N, C), labels; penalty (k + 1,), 0 for b. Returns (value (), gradient (C, k + 1)). It
-    runs under torch.vmap, so it makes no Python numbers of tensors and changes none in place.
+    runs under torch.vmap, so it must not call float() or .item(), and must not change a tensor in place.
     """
     logits = z @ theta.T  # (N, C)
     losses = -(onehot * logits.log_softmax(1)).sum(1)  # (N,)
-    errors = strength[:, None] * (logits.softmax(1) - onehot)  # (N, C), d value / d logits
-    return strength @ losses + 0.5 * (penalty * theta.square()).sum(), errors.T @ z + penalty * theta
+    errors = inverse_l2[:, None] * (logits.softmax(1) - onehot)  # (N, C), d value / d logits
+    return inverse_l2 @ losses + 0.5 * (penalty * theta.square()).sum(), errors.T @ z + penalty * theta
 
 
 def stratified_folds(labels, folds=5):
     """The fold (0 to folds - 1) that tests each sample, (N,) int64: unshuffled, as scikit-learn deals them.
 
-    Sort the labels by class, classes by first appearance. Position j of this list counts for fold j mod
-    folds: so many samples of each class a fold tests. It tests them in the order of the data. ValueError for
-    a class with fewer samples than folds.
+    How many of each class: sort the labels by class, classes by first appearance, and deal this list like
+    cards, position j to fold j mod folds. Which of them: of the samples of a class, in the order of the data,
+    the first are fold 0's, the next fold 1's. ValueError for a class with fewer samples than folds.
     """
     labels = labels.numpy()
     classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
@@ -134,7 +133,7 @@ def predict(model, split, batch_size=64, desc=None):
         parts.append(model.features(**devices.to_device(batch, device)).float())
     model.train(was_training)
     features = torch.empty(len(split), model.head.in_features)
-    features[np.concatenate(batches)] = torch.cat(parts).cpu()  # all at once: a GPU need not be waited for
+    features[np.concatenate(batches)] = torch.cat(parts).cpu()  # one copy: a GPU is waited for once
     return features, logits_of(model, features)
 
 
@@ -167,15 +166,15 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, metric="a
               state=None):
     """The FT stage (paper Sec. 5): train what requires a gradient, keep the best validation epoch.
 
-    Adam, learning rate falling linearly to 0 without warm-up, gradient norm clipped at 1, dropout as the
-    encoder's configuration has it. `train` and `val` are Splits; `seed` decides the order of the samples,
-    torch's generator, which the caller seeds, what dropout drops.
+    Adam, learning rate falling linearly to 0 without warm-up, gradient clipped to a norm of at most 1,
+    dropout as the encoder's configuration has it. `train` and `val` are Splits; `seed` sets the order of the
+    batches (data.training_batches); dropout uses torch's generator, which the caller seeds.
     Returns one dict an epoch, {epoch, loss, train_accuracy, val_accuracy, val_METRIC, lr, head_norm}, which
     `on_epoch` gets too. Epoch 0 is the start, measured without dropout; later loss and train_accuracy are
-    means over the steps, with dropout. `lr` is that of the next step. The model is left in eval mode, with
+    means over the samples, with dropout. `lr` is that of the next step. The model is left in eval mode, with
     the weights of the first epoch after the start that has the highest val_METRIC.
     `state`, a RunState, keeps the last whole epoch; if it holds one, training goes on from there, to the same
-    numbers. Raises NotFinite after an epoch in which the loss or its gradient became infinite or NaN.
+    numbers. Raises NotFinite if loss, gradient or validation logits are infinite or NaN, at epoch 0 too.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0,  # without decay AdamW is Adam
@@ -220,18 +219,18 @@ def train_epoch(model, split, batches, optimizer, schedule):
     """One epoch: a step for each index array in `batches`; (mean loss, accuracy) over the samples of `split`.
 
     The model is in train mode: dropout is on. A step is: logits (n, C), the mean cross-entropy of the batch,
-    its gradient, clipped to the norm 1 over all trained parameters together, a step of the optimizer, a step
-    of the schedule. Loss and accuracy are those before a step; a gradient that is not finite makes it NaN.
+    its gradient, clipped to a norm of at most 1 over all trained parameters, a step of the optimizer, one of
+    the schedule. Each batch is measured before its step. A gradient that is not finite makes the loss NaN.
     """
     device = devices.device_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    totals = torch.zeros(2, device=device)  # loss, right predictions; reading makes a GPU wait, so once
+    totals = torch.zeros(2, device=device)  # loss, right predictions; read once, as each read waits for a GPU
     model.train()
     for indices in tqdm(batches, desc="fine-tuning", unit="step", mininterval=1.0, leave=False):
         batch, labels = split.batch(indices, devices.padding(device))
         batch = devices.to_device(batch | {"labels": labels}, device)
         labels = batch.pop("labels")  # (n,)
-        optimizer.zero_grad()  # before the forward pass, which can then reuse the gradients' memory
+        optimizer.zero_grad()  # frees the old gradients, so that the forward pass can use their memory
         with devices.mixed_precision(device):
             logits = model(**batch)  # (n, C)
         loss = F.cross_entropy(logits.float(), labels)
@@ -246,7 +245,7 @@ def train_epoch(model, split, batches, optimizer, schedule):
 
 
 class NotFinite(ValueError):
-    """Training became infinite or NaN; the model gets its best weights back, if there was a good epoch."""
+    """Something became infinite or NaN; the model gets its best weights back, if there was a good epoch."""
 
     def __init__(self, model, best, epoch, lr):
         self.kept = best is not None
@@ -262,14 +261,14 @@ class NotFinite(ValueError):
 def why_no_temperature(logits, labels):
     """Why no temperature T > 0 minimises the mean cross-entropy of logits / T, or None if one does.
 
-    The loss is convex in 1 / T. Its slope by 1 / T begins, at 0, with the mean over samples of (mean logit -
-    logit of the label) and tends to that of (largest logit - logit of the label): for a minimum the first has
-    to be below 0, the second above. logits (N, C), labels (N,).
+    The loss is convex in s = 1 / T. At s = 0 its slope is the mean of (mean logit - logit of the label); as s
+    grows it rises to the mean of (largest logit - logit of the label). There is a minimum only if the first
+    is negative and the second positive. logits (N, C), labels (N,).
     """
     logits = logits.detach().cpu().double()  # (N, C)
     of_label = logits.gather(1, labels.cpu().unsqueeze(1)).squeeze(1)  # (N,)
     if (of_label - logits.mean(1)).mean() <= 1e-12 * logits.abs().mean():  # 0, up to rounding
-        return ("validation is no better than chance, a label's logit on average no larger than the others, "
+        return ("validation is no better than chance: a label's logit is not above the mean logit, "
                 "so the loss falls all the way to T = infinity")
     if (of_label == logits.amax(1)).all():
         return "every validation sample is right or tied, so the loss falls all the way to T = 0"
@@ -279,9 +278,8 @@ def fit_temperature(logits, labels):
     """The temperature T > 0 that minimises the mean cross-entropy of logits / T (paper Sec. 4.6).
 
     logits (N, C), labels (N,). Dividing by T is dividing V and b by T: no prediction changes. The search is
-    over log T, and ends where the slope d loss / d log T is below 1e-6. T is 1 where there is no minimum, and
-    if the loss at the end is above that of T = 1. ValueError for logits that are infinite or NaN,
-    ArithmeticError if the search did not converge.
+    over log T. T is 1 where there is no minimum, and if the loss at the end is above that of T = 1.
+    ValueError for logits that are infinite or NaN, ArithmeticError if the slope by log T stays above 1e-6.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()  # (N, C), (N,)
     # Search from logits of unit spread: then every scale of logits is equally easy.
@@ -313,8 +311,8 @@ def fit_temperature(logits, labels):
 def calibration_error(logits, labels, bins=15):
     """(ECE, MCE) of softmax(logits), floats between 0 and 1 (paper Table 3).
 
-    Samples are sorted into equal bins by confidence, the largest probability; bin m is ((m - 1) / bins, m /
-    bins]. ECE is the mean over samples, MCE the maximum over bins, of |accuracy - confidence|, 0 if empty.
+    Confidence is the largest probability; bin m holds ((m - 1) / bins, m / bins]. The gap of a bin is |its
+    accuracy - its mean confidence|. ECE is the mean gap, weighted by samples; MCE is the largest.
     """
     confidence, prediction = logits.detach().cpu().double().softmax(1).max(1)  # (N,), (N,)
     correct = (prediction == labels.cpu()).double()
@@ -329,7 +327,7 @@ def calibration_error(logits, labels, bins=15):
 
 
 def feature_statistics(features, features_0, labels):
-    """Table 1's statistics of features (N, h), against the pre-trained encoder's (N, h), in this order:
+    """Table 1's statistics of features (N, h), in this order; features_0 (N, h): the pre-trained encoder's.
 
     cs    mean cosine similarity over all pairs of different samples
     diff  mean ||phi(x) - phi_0(x)||

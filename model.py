@@ -1,6 +1,6 @@
 """The Transformer encoder, the classifier on top of it, and LoRA.
 
-One architecture is the tiny encoder and BERT or RoBERTa: post-LayerNorm, learned positions, exact GELU.
+The tiny encoder, BERT and RoBERTa are one architecture: post-LayerNorm, learned positions, exact GELU.
 
     f(x) = V phi(x) + b      V is `head.weight`, b is `head.bias`, phi(x) is `features`
 
@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, query_input, x, mask):
-        """What the tokens query_input (N, 1 or L, h) learn from all tokens x (N, L, h): (N, 1 or L, h).
+        """Attention of the positions query_input (N, 1 or L, h) to all positions x (N, L, h): (N, 1 or L, h).
 
         Queries, keys and values are cut into heads (split_heads); their results are joined and go through
         `output`. mask (N, 1, 1, L) is True on tokens and False on padding, which gets no weight.
@@ -88,7 +88,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x, mask, first_token_only=False):
-        # contiguous: else PyTorch's choice of matrix product, and so rounding, depends on what trains
+        # contiguous: else the matrix product that PyTorch takes, and so rounding, depends on what trains
         query_input = x[:, :1].contiguous() if first_token_only else x  # (N, 1 or L, h)
         attended = self.attention(query_input, x, mask)
         x = self.attention_norm(query_input + self.dropout(attended))
@@ -119,8 +119,7 @@ class Encoder(nn.Module):
         """Last hidden states, (N, L, h).
 
         input_ids, attention_mask, token_type_ids: long, (N, L); the mask is 1 on tokens and 0 on
-        padding. With first_token_only the result is (N, 1, h), the same numbers without the
-        other positions of the last layer, which nothing reads.
+        padding. With first_token_only the last layer computes its first position alone: (N, 1, h).
         """
         x = self.embed(input_ids, attention_mask, token_type_ids)
         mask = attention_mask.bool()[:, None, None, :]  # (N, 1, 1, L): every query sees every token
@@ -157,7 +156,7 @@ def init_weights(module, std):
 class Classifier(nn.Module):
     """f(x) = V phi(x) + b: one linear head on the pooled tokens, dropout before it in training.
 
-    The head starts as FT starts (paper Sec. 5): V drawn from N(0, 0.02^2), b = 0.
+    The head is initialised as the paper's FT: V drawn from N(0, 0.02^2), b = 0.
     """
 
     def __init__(self, encoder, num_classes):
@@ -188,7 +187,7 @@ class Classifier(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """W = W_0 + (lora_alpha / r) B A, with W_0 frozen (Sec. 2 of the LoRA paper; here Prop. 4.4).
+    """W = W_0 + (lora_alpha / r) B A, with W_0 frozen (Hu et al. 2021; Prop. 4.4).
 
     lora_A is (r, in), drawn as nn.Linear draws its weights; lora_B is (out, r) and starts at zero, so the
     layer starts as W_0. train() and eval() never touch the weights.

@@ -4,16 +4,16 @@
     P = (<phi(x), phi(x')> + 1) I_C                           the head's part, NTK.pretrain
     F = V (dphi(x)/dtheta_phi) (dphi(x')/dtheta_phi)^T V^T    the encoder's part, NTK.ft
 
-over the parameters that require a gradient, at their present values, dropout off. Read in order: the
+over the parameters that require a gradient, at their present values, in eval mode. Read in order: the
 definition, ntk_by_jacobian; the same numbers for a real encoder, one block at a time, empirical_ntk; the
 three layer kernels that are its inner loop; what the paper measures.
 
-Under LoRA theta_phi is A and B alone. LoRA starts at B = 0, and F is not zero there: A has no gradient yet,
-because it reaches the output through B, but B has one, so F at the start is B's kernel alone.
+Under LoRA theta_phi is A and B alone. LoRA starts at B = 0, and F is not zero there: the gradient by A is 0,
+because A acts only through B, but the gradient by B is not. So at the start F comes from B alone.
 
 Shapes: N training samples, M test samples, R = N + M, n samples of a batch, L tokens, C classes, h width, r
-rank of V, p parameters; T positions, in and out are of one layer. A kernel is (N, C, N, C), the paper's NC x
-NC matrix once reshaped; test kernels are (M, C, N, C).
+rank of V, p parameters; a layer (Linear, LayerNorm, Embedding) has T positions, widths in and out. A kernel
+is (N, C, N, C), the paper's NC x NC matrix once reshaped; test kernels are (M, C, N, C).
 """
 
 from collections import defaultdict
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from lpft import fit_linear_probe, stratified_folds
 from plumbing import devices, exact
 
-MAX_NUMBERS = 2**23, 2**27  # of one part of J that is formed: on a CPU, on CUDA
+MAX_NUMBERS = 2**23, 2**27  # in one piece of J: on a CPU, on CUDA
 
 
 @dataclass
@@ -81,23 +81,23 @@ def ntk_by_jacobian(model, train_batches, test_batches=None):
 def empirical_ntk(model, train_batches, test_batches=None):
     """The kernels of ntk_by_jacobian, one block of the encoder at a time, without a Jacobian of the whole.
 
-    F = V K V^T, where K is the h x h kernel of the features. Only the rank r of V counts: with its singular
-    value decomposition V = U S W, F = U (S W K W^T S) U^T. So r backward passes are enough, one for each row
-    of S W (a probe of phi), and F has at most the rank N r. After LP the rows of V sum to zero: r = C - 1.
+    F = V K V^T, where K is the h x h kernel of the features. Write V = U S W with r singular values above 0.
+    Then F = U (S W K W^T S) U^T: r backward passes are enough, one for each row of S W phi, and F has at most
+    the rank N r. After LP the rows of V sum to zero, so r is at most C - 1.
 
     ValueError where the result would not be exact, ArithmeticError where autograd disagrees (spot_check).
     """
     exact.check_exactness(model, train_batches, test_batches)
     train, test = (devices.all_to_device(batches or (), model) for batches in (train_batches, test_batches))
     N, R = (sum(len(b["input_ids"]) for b in batches) for batches in (train, train + test))
-    U, probes = split_head(model.head.weight)  # (C, r), (r, h)
+    U, SW = split_head(model.head.weight)  # (C, r), (r, h)
     C, r = U.shape
-    device = "cpu" if probes.device.type == "mps" else probes.device  # MPS has no float64
+    device = "cpu" if SW.device.type == "mps" else SW.device  # MPS has no float64
     kernel = torch.zeros(R * r, N * r, dtype=torch.double, device=device)
     with exact.full_precision():
         exact.print_size(model, trainable_layers(model.encoder), train + test, N, r)
         inputs, features = block_inputs(model, train + test)
-        walk_blocks(model, inputs, probes, kernel)
+        walk_blocks(model, inputs, SW, kernel)
         square = kernel[:N * r].tril()  # add_gram fills the lower triangle alone
         kernel = torch.cat([square + square.tril(-1).T, kernel[N * r:]]).cpu().view(R, r, N, r)
         ft = torch.einsum("cr,mrns,ds->mcnd", U, kernel, U)  # F, (R, C, N, C)
@@ -115,7 +115,7 @@ def pretrain_kernel(features, train_features, num_classes):
 def split_head(weight):
     """V (C, h) = U (C, r), float64, times S W (r, h), in V's precision; r counts what is above rounding."""
     U, S, W = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
-    rounding = max(len(weight) * torch.finfo(weight.dtype).eps, 1e-14)  # of V's entries, of the decomposition
+    rounding = max(len(weight) * torch.finfo(weight.dtype).eps, 1e-14)  # V's own; the decomposition's
     r = int((S > rounding * S[0]).sum())  # 0 if V = 0
     return U[:, :r], (S[:r, None] * W[:r]).to(weight)
 
@@ -123,7 +123,7 @@ def split_head(weight):
 def block_inputs(model, batches):
     """One forward pass: the arguments each block is called with, inputs[block][batch], and phi, (R, h).
 
-    Block 0 is the embeddings, block k is layer k.
+    Block 0 is the embeddings, block k is encoder.layers[k - 1].
     """
     inputs = [[((), batch) for batch in batches]] + [[] for _ in model.encoder.layers]
     with torch.no_grad(), ExitStack() as hooks:
@@ -133,16 +133,17 @@ def block_inputs(model, batches):
         return inputs, torch.cat([model.features(**batch) for batch in batches])
 
 
-def walk_blocks(model, inputs, probes, kernel):
+def walk_blocks(model, inputs, SW, kernel):
     """Add the kernel of every layer, from the last block down to the lowest that trains.
 
-    `above` holds, for each batch, the gradients of the r probes by the output of the block: (r, n, L, h).
+    `above` holds, for each batch, the gradients of S W phi by the output of the block: (r, n, L, h), at first
+    by phi, (r, n, h).
     """
     blocks, layers = [model.encoder.embed, *model.encoder.layers], trainable_layers(model.encoder)
     last = blocks[-1]
     blocks[-1] = lambda *a, **k: model.pool(last(*a, **k), *(mask[:, 0, 0] for mask in a[1:2]))  # phi, (n, h)
-    above = [probes[:, None].expand(-1, len(kwargs["input_ids"]), -1) for _, kwargs in inputs[0]]  # (r, n, h)
-    lowest = min((b for b, some in enumerate(layers) if some and len(probes)), default=len(blocks))
+    above = [SW[:, None].expand(-1, len(kwargs["input_ids"]), -1) for _, kwargs in inputs[0]]  # (r, n, h)
+    lowest = min((b for b, some in enumerate(layers) if some and len(SW)), default=len(blocks))
     for b in tqdm(range(len(blocks) - 1, lowest - 1, -1), desc="NTK", unit="block"):
         wide, narrow = defaultdict(list), defaultdict(list)
         for i, (args, kwargs) in enumerate(inputs.pop()):
@@ -173,7 +174,7 @@ def trainable_layers(encoder):
 def run_block(block, layers, args, kwargs, above, input_trains):
     """Forward and backward through one block: [(layer, a, g), ...], and the gradients of its input.
 
-    a (n, T, in) is the input of a layer, g (n, r, T, out) are the gradients of the r probes by its output.
+    a (n, T, in) is the input of a layer, g (n, r, T, out) are the gradients of S W phi by its output.
     """
     calls, inputs = {}, [args[0].requires_grad_()] if input_trains else []
     with torch.enable_grad(), ExitStack() as hooks:
@@ -181,7 +182,7 @@ def run_block(block, layers, args, kwargs, above, input_trains):
             hooks.enter_context(layer.register_forward_hook(
                 lambda layer, args, output: calls.update({layer: (args[0].detach(), output)})))
         y = block(*args, **kwargs)
-    targets = [output for _, output in calls.values()] + inputs  # no weights: no time goes to their gradients
+    targets = [output for _, output in calls.values()] + inputs  # no weights, so none gets a gradient
     passes = [torch.autograd.grad(y, targets, g, retain_graph=True) for g in above]
     gradients = [torch.stack(of_one, 1) for of_one in zip(*passes)]
     above = gradients.pop().transpose(0, 1) if input_trains else None  # (r, n, L, h)
@@ -192,10 +193,11 @@ def run_block(block, layers, args, kwargs, above, input_trains):
 
 
 def linear_kernel(kernel, layer, a, g):
-    """Add J J^T of a Linear's weight, J = sum_t g_t a_t^T, (out, in) for each sample and probe.
+    """Add J J^T of a Linear's weight, J = sum_t g_t a_t^T, (out, in) for each sample and row of S W.
 
-    kernel (R r, N r), float64, rows by sample, then probe; its lower triangle counts. a (n, T, in) and
-    g (n, r, T, out) of each batch. J is formed for some outputs at a time; for one position, not at all.
+    kernel (R r, N r), float64: row i r + k is sample i, row k of S W; the lower triangle counts. a (n, T, in)
+    and g (n, r, T, out) of each batch. J is formed for a few outputs at a time, and not at all where there is
+    one position: J J^T = (a a^T) * (g g^T).
     """
     R, r, (out, width) = sum(map(len, a)), g[0].shape[1], layer.weight.shape
     if all(x.shape[1] == 1 for x in a):
@@ -223,8 +225,9 @@ def layernorm_jacobian(layer, a, g):
 def embedding_kernel(kernel, layer, ids, g):
     """Add J J^T of an Embedding's weight: row v of J is the sum of g_t over the positions t of token id v.
 
-    ids (n, T) and g (n, r, T, h) of each batch; padding_idx has no gradient. Two samples meet only in the ids
-    that both contain: J is kept for these pairs; ids that equally many samples contain are one product.
+    ids (n, T) and g (n, r, T, h) of each batch; padding_idx has no gradient. An entry of two samples is a sum
+    over the ids that both contain. J is stored for the pairs (id, sample) that occur; ids in equally many
+    samples are one batched product.
     """
     R, r, h = sum(map(len, ids)), g[0].shape[1], g[0].shape[3]
     samples = torch.arange(R, device=g[0].device).split([len(x) for x in ids])
@@ -283,7 +286,7 @@ def predicted_feature_change(model, train_batches, deltas, lr, batches):
     def features(batch):
         return lambda t: model.pool(functional_call(model.encoder, t, (), batch), batch.get("attention_mask"))
 
-    with exact.full_precision(), sdpa_kernel(SDPBackend.MATH):  # other attention kernels have no forward mode
+    with exact.full_precision(), sdpa_kernel(SDPBackend.MATH):  # no other attention code can do jvp
         for batch in devices.all_to_device(train_batches, model):
             n = len(batch["input_ids"])
             gradients = vjp(features(batch), trained)[1](pulled[:n])[0]
@@ -300,14 +303,14 @@ def ft_ratio(ntk, deltas):
 
 
 def kernel_statistics(kernel):
-    """Of a kernel (N, C, M, C) as an NC x MC matrix, in a dict:
+    """Of a kernel (N, C, N, C) as an NC x NC matrix, in a dict:
 
-    rank             number of singular values above float32's rounding of the largest
+    rank             number of singular values above eps NC times the largest, eps = 1.2e-7 of float32
     frobenius        Frobenius norm
     singular_values  divided by the largest, falling (Fig. 2, 7)
-    trace_norms      (N, M): sum of the singular values of each C x C block (Fig. 8, 9)
+    trace_norms      (N, N): sum of the singular values of each C x C block (Fig. 8, 9)
     """
-    matrix = kernel.flatten(2).flatten(0, 1).double()  # (N C, M C)
+    matrix = kernel.flatten(2).flatten(0, 1).double()  # (N C, N C)
     values = torch.linalg.svdvals(matrix)
     tolerance = max(matrix.shape) * torch.finfo(torch.float32).eps * values[0]
     return {"rank": int((values > tolerance).sum()), "frobenius": float(matrix.norm()),
@@ -320,8 +323,8 @@ def kernel_regression(train_kernel, train_labels, test_kernel, test_labels):
 
     Row (i, c) of the NC x NC matrix is the input, its target is whether c is the label of sample i. Returns a
     dict: train_accuracy, test_accuracy of classes (the logit with the highest score), train_logit_accuracy,
-    test_logit_accuracy of the single decisions, and inverse_l2, chosen by 5-fold cross-validation in which a
-    sample is never split. Kernels are divided by the mean diagonal: one grid of strengths serves them all.
+    test_logit_accuracy of the single decisions, and inverse_l2, chosen by 5-fold cross-validation; the C rows
+    of a sample are in one fold. Kernels are divided by their mean diagonal, so that one grid fits them all.
     """
     C, rows = train_kernel.shape[1], train_kernel.flatten(2).flatten(0, 1)  # (N C, N C)
     scale = float(rows.diagonal().mean()) or 1.0  # 0: F of a head V = 0

@@ -3,11 +3,11 @@
     python train.py --method lpft --lora                          the embedded benchmark, seconds
     python train.py --method ft --model roberta-base --data cb    a real encoder, real data
 
-Read `run` first: one run in the order of the paper. For most lines of it you need one other file: the
-method is in lpft.py, the kernel in ntk.py; files, flags and devices are in plumbing/.
+Read `run` first: one run in the order of the paper. The stages that it calls are below; the method is in
+lpft.py, the kernel in ntk.py, batches in data/; files, flags and devices are in plumbing/.
 
 `python train.py --resume RUN_DIR` goes on after an interrupted run's last whole epoch, to the same numbers.
-Exit status: 0 done, 2 bad input (in one line), 1 disk or memory full or no convergence, 130 interrupted.
+Exit status: 0 done, 2 bad input or infinite loss, 1 full disk or memory or a solver that failed, 130 stopped.
 """
 
 import signal
@@ -34,7 +34,8 @@ def parse_args(argv=None):
         "projections instead of the whole encoder")
     add("--lora-r", type=int, metavar="R", help="rank of the updates (default: 8)")
     add("--lora-alpha", type=float, metavar="A", help="updates are scaled by A / R (default: 8)")
-    add("--lp-scoring", choices=("accuracy", "log-loss"), help="of LP (default: accuracy; for tiny log-loss)")
+    add("--lp-scoring", choices=("accuracy", "log-loss"), help="what LP's cross-validation maximises "
+        "(default: accuracy; on embedded tasks minus log-loss)")
     add("--lp-inverse-l2", type=float, metavar="C", help="fix LP's penalty (scikit-learn's C)")
     add("--model", default="tiny", metavar="{tiny,DIR,HUB}", help="tiny: the one in data/tiny_encoder; or "
         "a folder with a BERT or RoBERTa checkpoint; or its name on the Hugging Face hub (default: tiny)")
@@ -67,7 +68,7 @@ def run(args, state):
     result |= {"samples": {name: len(split) for name, split in task.splits.items()}}
     head_0 = torch.zeros_like(model.head.weight)  # V_0, where LP starts
 
-    if args.method != "ft":  # LP: the head alone
+    if args.method != "ft":  # LP: the head alone, from the stored phi_0; the encoder is not touched
         result["lp"] = lp_stage(args, model, task, features_0)
     if args.method != "lp":  # the FT stage, from the random head or from LP's
         for parameter in model.head.parameters():  # V and b
@@ -123,11 +124,10 @@ def lp_stage(args, model, task, features_0):
               "val_accuracy": accuracy(val_logits, val_labels),
               f"val_{task.metric}": METRICS[task.metric](val_logits, val_labels),
               "head_norm": float(probe.weight.norm()), "path": probe.path}
-    chosen = "fixed" if args.lp_inverse_l2 else f"by 5-fold {args.lp_scoring}"
-    print(f"LP    strength {chosen}, C = {probe.inverse_l2:.4g};  {scores_of(record, task)}")
+    chosen = "fixed" if args.lp_inverse_l2 else f"chosen by 5-fold {args.lp_scoring}"
+    print(f"LP    inverse_l2 {probe.inverse_l2:.4g}, {chosen};  {scores_of(record, task)}")
     if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:
-        print("LP    train is far above val: the head may know its samples by heart; try --lp-scoring "
-              "log-loss, which mostly picks a smaller one")
+        print("LP    train is far above val: the head overfits; try --lp-scoring log-loss")
     files.write_lines(args.out / "metrics.jsonl", [record])
     return record
 
@@ -140,14 +140,14 @@ def scores_of(record, task):
 
 
 def ntk_stage(args, model, task):
-    """Table 2: the kernel of the model as it is, printed; P and F go to ntk.npz."""
+    """Table 2: the kernel of the model as it is, printed; ntk.npz has P (pretrain) and F (ft)."""
     print()
     picked = draw_ntk_samples(args.ntk, args.seed, task)
     labels, test_labels = (task.splits[name].labels[indices] for name, indices in picked.items())
     batches, places = zip(*(task.splits[name].batches(indices, 16) for name, indices in picked.items()))
     with devices.memory_advice("--ntk or --max-length"):
         kernels = vars(ntk.empirical_ntk(model.eval(), *batches))
-    # back to the random order, in which kernel regression deals its folds
+    # undo the sorting by length: the folds of kernel regression depend on the order
     kernels = {name: kernel[places["test" in name]][:, :, places[0]] for name, kernel in kernels.items()}
     P, F, test_P, test_F = kernels.values()  # (N, C, N, C), twice; (M, C, N, C), twice
     with torch.no_grad():
@@ -202,7 +202,7 @@ def ft_stage(args, model, tokenizer, task, state, lp_record):
 
 
 def evaluate(model, task, features_0, frozen=False):
-    """Accuracy, features, calibration on every test split; T is from val. frozen: phi is phi_0 still."""
+    """Accuracy, features, calibration on every test split; T is from val. frozen: phi is features_0 still."""
     saved, score = {}, METRICS[task.metric]  # accuracy is reported beside any other
 
     def outcome(name):  # features (N, h), logits (N, C), labels (N,)
@@ -242,7 +242,7 @@ def print_table(args, result):
     with_t = f"after dividing logits by T = {result['temperature']:.4g}, fitted on validation"
     if result["temperature_reason"]:
         with_t = f"with T = 1, not fitted: {result['temperature_reason']}"
-    print(f"\nECE/T, MCE/T: {with_t}. Features: against the pre-trained encoder.\n"
+    print(f"\nECE/T, MCE/T: {with_t}. Diff(F): from the pre-trained encoder.\n"
           f"Head norm {result['head_norm_initial']:.3f} -> {result['head_norm']:.3f}.  "
           f"Everything is in {args.out}" + f", for other tools in {args.export}" * bool(args.export) + ".\n")
     line = {"method": args.method + "-lora" * args.lora, "data": args.data, "seed": args.seed}

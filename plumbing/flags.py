@@ -212,7 +212,7 @@ def check_task(args, task, tokenizer, config):
     if args.lp_scoring and counts.min() < 5:
         raise ValueError(f"--data {args.data}: 5-fold cross-validation needs 5 training samples of each "
                          f"class, {task.labels[counts.argmin()]!r} has {counts.min()}; take more samples, or "
-                         "fix LP's strength with --lp-inverse-l2")
+                         "fix LP's penalty with --lp-inverse-l2")
     if args.lora and args.lora_r > config.hidden_size:
         raise ValueError(f"--lora-r {args.lora_r}: more than the width {config.hidden_size} of {args.model}")
 

@@ -14,28 +14,28 @@ def fold_logits(z, theta):
     return (z @ theta.flatten(0, 1).T).unflatten(1, theta.shape[:2])
 
 
-def minimise_logistic(objective, z, strength, penalty, theta, tolerance, on_step=None):
+def minimise_logistic(objective, z, inverse_l2, penalty, theta, tolerance, on_step=None):
     """K weighted logistic regressions at once, by Newton's method with conjugate gradients.
 
-    `objective` is lpft.lp_objective of one problem: theta (C, k + 1), strength (N,) -> value, gradient. Here
-    are z (N, k + 1), strength (N, K), penalty (k + 1,), start theta (K, C, k + 1). Each problem is convex:
-    its value is minimised until its gradient norm is `tolerance` times that at theta = 0. ArithmeticError if
-    it is not.
+    `objective` is lpft.lp_objective of one problem: theta (C, k + 1), inverse_l2 (N,) -> value, gradient.
+    Here are z (N, k + 1), inverse_l2 (N, K), penalty (k + 1,), start theta (K, C, k + 1). Each problem is
+    convex: its value is minimised until its gradient norm is `tolerance` times that at theta = 0.
+    ArithmeticError if it is not.
     """
     def centred(theta):  # softmax is blind to the mean of the bias over classes: what is there is rounding
         theta[:, :, -1] -= theta[:, :, -1].mean(1, keepdim=True)
         return theta
 
     def evaluate(theta):  # (K,), (K, C, k + 1)
-        value, gradient = torch.vmap(objective, in_dims=(0, 1))(theta, strength)
+        value, gradient = torch.vmap(objective, in_dims=(0, 1))(theta, inverse_l2)
         return value, centred(gradient)
 
     def back(errors, inputs):  # of logits (N, K, C), to theta (K, C, k + 1)
-        return ((strength[:, :, None] * errors).flatten(1).T @ inputs).unflatten(0, theta.shape[:2])
+        return ((inverse_l2[:, :, None] * errors).flatten(1).T @ inputs).unflatten(0, theta.shape[:2])
 
     goal = tolerance * evaluate(torch.zeros_like(theta))[1].norm(dim=(1, 2))  # (K,)
     # where theta = 0 is the solution already, that is rounding alone: not below it
-    goal = goal.maximum(1e-14 * strength.T @ z.norm(dim=1))
+    goal = goal.maximum(1e-14 * inverse_l2.T @ z.norm(dim=1))
     (value, grad), z_squared = evaluate(theta), z.square()
     for _ in range(100):
         if on_step:
@@ -64,7 +64,7 @@ def minimise_logistic(objective, z, strength, penalty, theta, tolerance, on_step
                 break
             size = torch.where(too_far, size / 2, size)
         theta, value, grad = candidate, new_value, new_grad
-    raise ArithmeticError(f"linear probing did not converge at inverse_l2 {float(strength.max()):g}: "
+    raise ArithmeticError(f"linear probing did not converge at inverse_l2 {float(inverse_l2.max()):g}: "
                           f"gradient norm {float(grad_norm.max()):.2e}, goal {float(goal.min()):.2e}")
 
 
@@ -85,14 +85,14 @@ def conjugate_gradients(matrix_times, right, diagonal, precision):
     return x
 
 
-def cross_validate(objective, z, onehot, penalty, fold_of, strengths, scoring):
-    """Score of each strength, "accuracy" or "log-loss", summed over the folds' held-out parts, (strengths,).
+def cross_validate(objective, z, onehot, penalty, fold_of, grid, scoring):
+    """Score of each inverse_l2 of `grid`, "accuracy" or "log-loss", summed over the folds, (len(grid),).
 
     `fold_of` (N,) is the fold that holds a sample out; the other arguments are those of minimise_logistic.
     """
     held_out = F.one_hot(fold_of).double()  # (N, K)
     theta, scores = z.new_zeros(held_out.shape[1], onehot.shape[1], z.shape[1]), []  # (K, C, k + 1)
-    for inverse_l2 in tqdm(strengths, desc="LP cross-validation", leave=False):
+    for inverse_l2 in tqdm(grid, desc="LP cross-validation", leave=False):
         # each solution starts the search for the next, weaker penalty
         theta = minimise_logistic(objective, z, inverse_l2 * (1 - held_out), penalty, theta, 1e-6)
         logits = fold_logits(z, theta)  # (N, K, C)

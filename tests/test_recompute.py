@@ -346,7 +346,7 @@ def test_the_printed_lines_of_lp_and_of_each_epoch_are_their_records(opened, tas
     for epoch, record in run.records.items():
         if record is None:
             continue
-        start = "LP    strength" if epoch == "lp" else f"FT    epoch {epoch:2d}"
+        start = "LP    inverse_l2" if epoch == "lp" else f"FT    epoch {epoch:2d}"
         text, = (" ".join(words) for words in lines_of(run, start))
         wanted = {"train": "train_accuracy", val: f"val_{run.metric}", "head norm": "head_norm"}
         for title, key in (wanted if epoch == "lp" else wanted | {"loss": "loss"}).items():

@@ -9,13 +9,13 @@ from assignments.graders import GET_BY, expect, points, require
 MEAN = "the mean over samples, where it is the sum"
 BIAS = "a penalty on the bias as well"
 NO_HALF = "a penalty without its 1/2"
-SWAPPED = "strength on the penalty, where it is on the losses"
-NO_STRENGTH = "leaving strength out"
+SWAPPED = "inverse_l2 on the penalty, where it is on the losses"
+NO_INVERSE_L2 = "leaving inverse_l2 out"
 NO_PENALTY = "leaving the penalty out"
 TWICE = "two classes penalised twice: penalty holds the 2 already"
 SIGN = "onehot minus softmax, where it is softmax minus onehot"
 HALF_GRADIENT = "the 1/2 of the penalty in its gradient as well, where a square's derivative takes it away"
-UNWEIGHTED = "errors that are not multiplied by strength"
+UNWEIGHTED = "errors that are not multiplied by inverse_l2"
 ROUNDED = "the logarithm of a probability that has rounded to 0"
 ROUNDED_TIMES_0 = "the logarithm of a probability that has rounded to 0, times a 0 of onehot: NaN"
 VMAP = "a tensor changed in place, or made a Python number, which torch.vmap cannot do"
@@ -32,18 +32,18 @@ IN_TURN_FROM_0 = "samples of a class dealt in turn, and each class from fold 0 o
 
 
 def problem(rng, classes=3, count=9, width=4):
-    """(theta (C, k + 1), strength (N,), z (N, k + 1), onehot (N, C), penalty (k + 1,)), two held out."""
+    """(theta (C, k + 1), inverse_l2 (N,), z (N, k + 1), onehot (N, C), penalty (k + 1,)), two held out."""
     def normal(*shape):
         return torch.randn(*shape, generator=rng, dtype=torch.double)
 
     theta = normal(classes, width + 1)
     z = torch.cat([normal(count, width), torch.ones(count, 1).double()], dim=1)
-    strength = 0.5 + torch.rand(count, generator=rng, dtype=torch.double)
-    strength[torch.randperm(count, generator=rng)[:2]] = 0.0
+    inverse_l2 = 0.5 + torch.rand(count, generator=rng, dtype=torch.double)
+    inverse_l2[torch.randperm(count, generator=rng)[:2]] = 0.0
     onehot = torch.zeros(count, classes, dtype=torch.double)
     for i, label in enumerate(torch.randint(classes, (count,), generator=rng).tolist()):
         onehot[i, label] = 1.0
-    return theta, strength, z, onehot, torch.tensor([1.0] * width + [0.0], dtype=torch.double)
+    return theta, inverse_l2, z, onehot, torch.tensor([1.0] * width + [0.0], dtype=torch.double)
 
 
 def losses(theta, z, onehot):
@@ -55,9 +55,9 @@ def losses(theta, z, onehot):
     return torch.stack(found)
 
 
-def value_of(theta, strength, z, onehot, penalty):
+def value_of(theta, inverse_l2, z, onehot, penalty):
     square = sum(penalty[j] * (theta[:, j] ** 2).sum() for j in range(len(penalty)))
-    return (strength * losses(theta, z, onehot)).sum() + square / 2
+    return (inverse_l2 * losses(theta, z, onehot)).sum() + square / 2
 
 
 def gradient_of(*inputs, value=value_of):
@@ -70,7 +70,7 @@ VALUES = {  # what known wrong solutions compute; their gradients follow
     TWICE: lambda t, s, z, y, p: (s * losses(t, z, y)).sum() + (p * t**2).sum() * (1 if len(t) == 2 else 0.5),
     NO_HALF: lambda t, s, z, y, p: (s * losses(t, z, y)).sum() + (p * t**2).sum(),
     SWAPPED: lambda t, s, z, y, p: losses(t, z, y).sum() + s.max() * (p * t**2).sum() / 2,
-    NO_STRENGTH: lambda t, s, z, y, p: losses(t, z, y).sum() + (p * t**2).sum() / 2,
+    NO_INVERSE_L2: lambda t, s, z, y, p: losses(t, z, y).sum() + (p * t**2).sum() / 2,
     NO_PENALTY: lambda t, s, z, y, p: (s * losses(t, z, y)).sum(),
 }
 
@@ -80,10 +80,10 @@ def wrong_values(*inputs):
 
 
 def wrong_gradients(*inputs):
-    theta, strength, z, onehot, penalty = inputs
+    theta, inverse_l2, z, onehot, penalty = inputs
     shrink, right = penalty * theta, gradient_of(*inputs)
     gradients = {name: gradient_of(*inputs, value=value) for name, value in VALUES.items()}
-    gradients[UNWEIGHTED] = gradients.pop(NO_STRENGTH)
+    gradients[UNWEIGHTED] = gradients.pop(NO_INVERSE_L2)
     return gradients | {SIGN: 2 * shrink - right, HALF_GRADIENT: right - shrink / 2}
 
 
@@ -96,13 +96,13 @@ def answer(student, *inputs):
 
 
 def shapes(*inputs):
-    names = ("theta", "strength", "z", "onehot", "penalty")
+    names = ("theta", "inverse_l2", "z", "onehot", "penalty")
     return f"lp_objective({', '.join(f'{name} {tuple(x.shape)}' for name, x in zip(names, inputs))})"
 
 
 @points(2)
 def the_value_is_a_weighted_sum_of_losses_and_a_penalty(student, rng):
-    """value = sum_i strength_i * cross_entropy(theta z_i, y_i) + 1/2 sum_j penalty_j * ||column j of
+    """value = sum_i inverse_l2_i * cross_entropy(theta z_i, y_i) + 1/2 sum_j penalty_j * ||column j of
     theta||^2; penalty is 0 for the last column, b"""
     inputs = problem(rng)
     value, _ = answer(student, *inputs)
@@ -111,7 +111,7 @@ def the_value_is_a_weighted_sum_of_losses_and_a_penalty(student, rng):
 
 @points(2)
 def the_gradient_is_that_of_the_value(student, rng):
-    """d value / d theta = sum_i strength_i * (softmax(theta z_i) - onehot_i) z_i^T + penalty * theta: an
+    """d value / d theta = sum_i inverse_l2_i * (softmax(theta z_i) - onehot_i) z_i^T + penalty * theta: an
     error for each class, times the input, and the pull of the penalty towards 0"""
     inputs = problem(rng)
     _, gradient = answer(student, *inputs)
@@ -133,12 +133,12 @@ def each_column_has_the_penalty_that_is_given(student, rng):
 
 @points(1)
 def a_held_out_sample_plays_no_part(student, rng):
-    "A sample of strength 0 is held out: value and gradient are those of the other samples alone"
-    theta, strength, z, onehot, penalty = inputs = problem(rng)
-    used = strength > 0
-    alone = theta, strength[used], z[used], onehot[used], penalty
+    "A sample of inverse_l2 0 is held out: value and gradient are those of the other samples alone"
+    theta, inverse_l2, z, onehot, penalty = inputs = problem(rng)
+    used = inverse_l2 > 0
+    alone = theta, inverse_l2[used], z[used], onehot[used], penalty
     value, gradient = answer(student, *inputs)
-    called = shapes(*inputs) + ", two samples of strength 0"
+    called = shapes(*inputs) + ", two samples of inverse_l2 0"
     expect(value, value_of(*alone), called + ": [0]", wrong_values(*inputs))
     expect(gradient, gradient_of(*alone), called + ": [1]", wrong_gradients(*inputs))
 
@@ -159,23 +159,23 @@ def large_logits_do_not_overflow(student, rng):
 @points(1)
 def it_runs_for_all_folds_at_once(student, rng):
     """torch.vmap(lp_objective) computes the problems of all folds side by side, each with its theta and its
-    strength, and leaves what it was given as it was. The solver calls it this way"""
+    inverse_l2, and leaves what it was given as it was. The solver calls it this way"""
     problems = [problem(rng) for _ in range(4)]
     _, _, z, onehot, penalty = problems[0]
-    theta, strength = torch.stack([p[0] for p in problems]), torch.stack([p[1] for p in problems], dim=1)
-    before = [x.clone() for x in (theta, strength, z, onehot, penalty)]
+    theta, inverse_l2 = torch.stack([p[0] for p in problems]), torch.stack([p[1] for p in problems], dim=1)
+    before = [x.clone() for x in (theta, inverse_l2, z, onehot, penalty)]
     student.lp_objective(*problems[0])  # an error here is none of vmap
-    called = "torch.vmap(lp_objective, (0, 1, None, None, None))(theta (4, 3, 5), strength (9, 4), ...)"
+    called = "torch.vmap(lp_objective, (0, 1, None, None, None))(theta (4, 3, 5), inverse_l2 (9, 4), ...)"
     try:
         value, gradient = torch.vmap(student.lp_objective, in_dims=(0, 1, None, None, None))(*before)
     except RuntimeError as error:
         error.add_note(GET_BY + VMAP)
         raise
-    each = [(theta[k], strength[:, k], z, onehot, penalty) for k in range(4)]
+    each = [(theta[k], inverse_l2[:, k], z, onehot, penalty) for k in range(4)]
     expect(value, torch.stack([value_of(*inputs) for inputs in each]), called + "[0]",
            {name: torch.stack([value(*inputs) for inputs in each]) for name, value in VALUES.items()})
     expect(gradient, torch.stack([gradient_of(*inputs) for inputs in each]), called + "[1]")
-    for x, was in zip(before, (theta, strength, z, onehot, penalty)):
+    for x, was in zip(before, (theta, inverse_l2, z, onehot, penalty)):
         expect(x, was, "what was given to lp_objective, after the call")
 
 

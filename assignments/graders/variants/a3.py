@@ -1,21 +1,21 @@
 from assignments.graders import a3
 
 OBJECTIVE = '''
-def lp_objective(theta, strength, z, onehot, penalty):
+def lp_objective(theta, inverse_l2, z, onehot, penalty):
     logits = torch.einsum("nk,ck->nc", z, theta)
     losses = logits.logsumexp(1) - (logits * onehot).sum(1)
     errors = (logits - logits.logsumexp(1, keepdim=True)).exp() - onehot
-    value = (strength * losses).sum() + 0.5 * torch.einsum("k,ck,ck->", penalty, theta, theta)
-    return value, torch.einsum("n,nc,nk->ck", strength, errors, z) + penalty * theta
+    value = (inverse_l2 * losses).sum() + 0.5 * torch.einsum("k,ck,ck->", penalty, theta, theta)
+    return value, torch.einsum("n,nc,nk->ck", inverse_l2, errors, z) + penalty * theta
 '''
 LOOP = '''
-def lp_objective(theta, strength, z, onehot, penalty):
+def lp_objective(theta, inverse_l2, z, onehot, penalty):
     value, gradient = 0.5 * (penalty * theta ** 2).sum(), theta * penalty
     for i in range(len(z)):
         logits = theta @ z[i]
         loss = F.cross_entropy(logits[None], onehot[i].argmax()[None], reduction="sum")
-        value = value + strength[i] * loss
-        gradient = gradient + strength[i] * torch.outer(torch.softmax(logits, 0) - onehot[i], z[i])
+        value = value + inverse_l2[i] * loss
+        gradient = gradient + inverse_l2[i] * torch.outer(torch.softmax(logits, 0) - onehot[i], z[i])
     return value, gradient
 '''
 LISTS = '''
@@ -68,21 +68,21 @@ START, HALF, PENALTY = "    logits = torch", "0.5 * torch.einsum", "penalty * th
 RIGHT = {"einsum, logsumexp and lists": objective() | {"stratified_folds": LISTS},
          "a loop over samples, and tensors": {"lp_objective": LOOP, "stratified_folds": TENSORS}}
 WRONG = {
-    a3.MEAN: objective(("(strength * losses).sum()", "(strength * losses).mean()"),
-                       ('torch.einsum("n,nc,nk->ck", strength, errors, z)',
-                        'torch.einsum("n,nc,nk->ck", strength, errors, z) / len(z)')),
+    a3.MEAN: objective(("(inverse_l2 * losses).sum()", "(inverse_l2 * losses).mean()"),
+                       ('torch.einsum("n,nc,nk->ck", inverse_l2, errors, z)',
+                        'torch.einsum("n,nc,nk->ck", inverse_l2, errors, z) / len(z)')),
     a3.BIAS: objective((START, "    penalty = torch.ones_like(penalty)\n" + START)),
     a3.NO_HALF: objective((HALF, "torch.einsum"), (PENALTY, "2 * penalty * theta")),
-    a3.SWAPPED: objective(("(strength * losses).sum()", "losses.sum()"),
-                          (HALF, "0.5 * strength.max() * torch.einsum"),
-                          ("strength, errors, z", "torch.ones_like(strength), errors, z"),
-                          (PENALTY, "strength.max() * penalty * theta")),
-    a3.NO_STRENGTH: objective((START, "    strength = torch.ones_like(strength)\n" + START)),
+    a3.SWAPPED: objective(("(inverse_l2 * losses).sum()", "losses.sum()"),
+                          (HALF, "0.5 * inverse_l2.max() * torch.einsum"),
+                          ("inverse_l2, errors, z", "torch.ones_like(inverse_l2), errors, z"),
+                          (PENALTY, "inverse_l2.max() * penalty * theta")),
+    a3.NO_INVERSE_L2: objective((START, "    inverse_l2 = torch.ones_like(inverse_l2)\n" + START)),
     a3.NO_PENALTY: objective((START, "    penalty = torch.zeros_like(penalty)\n" + START)),
     a3.TWICE: objective((START, "    penalty = 2 * penalty if len(theta) == 2 else penalty\n" + START)),
-    a3.SIGN: objective(("strength, errors, z", "strength, -errors, z")),
+    a3.SIGN: objective(("inverse_l2, errors, z", "inverse_l2, -errors, z")),
     a3.HALF_GRADIENT: objective((PENALTY, "0.5 * penalty * theta")),
-    a3.UNWEIGHTED: objective(("strength, errors, z", "torch.ones_like(strength), errors, z")),
+    a3.UNWEIGHTED: objective(("inverse_l2, errors, z", "torch.ones_like(inverse_l2), errors, z")),
     a3.ROUNDED_TIMES_0: objective(("logits.logsumexp(1) - (logits * onehot).sum(1)",
                            "-(onehot * logits.softmax(1).log()).sum(1)")),
     a3.ROUNDED: objective(("logits.logsumexp(1) - (logits * onehot).sum(1)",
