@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import count_unknown, encode
 from data.readers import decode_lines
 from lpft import predict
-from plumbing.devices import choose_device
+from plumbing.devices import choose_device, memory_advice
 from plumbing.export import load_classifier
 from plumbing.flags import Parser, exit_status
 
@@ -117,7 +117,8 @@ def main(argv=None):
 
     def work():
         try:
-            run(args)
+            with memory_advice("--batch-size"):
+                run(args)
         except BrokenPipeError:  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush into it
 

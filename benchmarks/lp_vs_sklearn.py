@@ -73,7 +73,7 @@ def main():
     encoder, tokenizer = load_pretrained(MINILM)
     solvers = {"ours": our_probe, "scikit-learn": sklearn_probe}
     for name in ("CB", "RTE"):
-        train = load_task(args.data / name, tokenizer).splits["train"]
+        train = load_task(name.lower(), tokenizer, data_dir=args.data).splits["train"]
         x, y = predict(Classifier(encoder, 2), train)[0].double(), train.labels
         print(f"\n{name}: {len(x)} samples, width {x.shape[1]}, {int(y.max()) + 1} classes")
         seconds, found = {solver: [] for solver in solvers}, {}

@@ -37,7 +37,7 @@ class Task:
 
 
 class Split:
-    """Encoded samples, list-like. All token ids lie in one flat array: 5 bytes a token."""
+    """Encoded samples. All token ids lie in one flat array: 5 bytes a token."""
 
     def __init__(self, examples, pad_token_id):
         """`examples`: an iterable of (input_ids, token_type_ids, label index), lists of one length."""
@@ -55,14 +55,6 @@ class Split:
 
     def __len__(self):
         return len(self.lengths)
-
-    def __getitem__(self, index):
-        """One sample as a dict of plain lists, and its label."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")  # ends a for loop over the split
-        tokens = slice(self.starts[index], self.starts[index] + self.lengths[index])
-        return {"input_ids": self.ids[tokens].tolist(),
-                "token_type_ids": self.types[tokens].tolist(), "label": int(self.labels[index])}
 
     def batch(self, indices, multiple_of=1):
         """({input_ids, attention_mask, token_type_ids} each long (N, L), labels (N,)).

@@ -8,7 +8,6 @@ and its rows are counted; only then does it get its name. A transfer that is cut
 no file behind, and files that are there stay.
 """
 
-import argparse
 import hashlib
 import http.client
 import socket
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from data import check_rows
 from data.corpora import CORPORA
+from plumbing.flags import Parser, exit_status
 
 SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"
@@ -123,23 +123,13 @@ def unpack(archive, url, members, folder):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Download data sets of the paper.",
-                                     epilog="Example: python -m data.download cb rte cola")
+    parser = Parser("data.download", description="Download data sets of the paper.",
+                    epilog="Example: python -m data.download cb rte cola")
     parser.add_argument("names", nargs="+", choices=CORPORA, metavar="NAME", help=", ".join(CORPORA))
     parser.add_argument("--data-dir", type=Path, default=Path("datasets"), metavar="DIR",
                         help="where to put them (default: %(default)s)")
-    parser.error = lambda message: parser.exit(2, f"data.download: error: {message}\n")
     args = parser.parse_args(argv)
-    for name in args.names:
-        try:
-            download(name, args.data_dir)
-        except (ValueError, OSError) as error:
-            print(f"data.download: error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("\ndata.download: interrupted", file=sys.stderr)
-            return 130
-    return 0
+    return exit_status("data.download", lambda: [download(name, args.data_dir) for name in args.names])
 
 
 if __name__ == "__main__":

@@ -2,11 +2,8 @@
 
 Your own folder holds `train`, and may hold `val` (or `dev`, `validation`), `test` and any number of
 `ood_NAME`, each as .tsv, .csv (both with a header line and the usual CSV quoting) or .jsonl (one object a
-line). Columns, in any case and order: `text` (or `sentence`), or `text_a` and `text_b`; and `label`,
-integers or strings.
-
-A SuperGLUE folder (CB, RTE) holds train.jsonl and val.jsonl with `premise`, `hypothesis`, `label`;
-its val.jsonl is the test set, as in the paper, because the original test.jsonl has no labels.
+line). Columns, in any case and order: `text` (or `sentence`), or `text_a` and `text_b` (or `premise` and
+`hypothesis`); and `label`, integers or strings.
 
 `where` names the file and the line. Every reader raises ValueError that begins with it.
 """
@@ -15,7 +12,6 @@ import csv
 import json
 import re
 import shlex
-import sys
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from difflib import get_close_matches
@@ -24,23 +20,15 @@ from pathlib import Path
 
 FORMATS = (".tsv", ".csv", ".jsonl")
 SPLITS = {"train": "train", "val": "val", "dev": "val", "validation": "val", "test": "test"}  # {file: split}
-csv.field_size_limit(sys.maxsize)  # a text may be long
+csv.field_size_limit(2**31 - 1)  # a text may be long
 
 
 def folder_sources(folder):
-    """{split: function that yields the rows of its file}; see the module for the layout."""
+    """{split: function that yields the rows of its file}; OOD splits lose their `ood_`."""
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "no such folder"
         raise FileNotFoundError(f"{folder}: {what}; --data takes the name of a task (see --help) or a folder "
                                 "with train.tsv, train.csv or train.jsonl")
-    paths = find_files(folder)
-    if is_superglue(paths["train"]) and "val" in paths and not has_labels(paths.get("test")):
-        paths["test"] = paths.pop("val")
-    return {split: partial(read_rows, path) for split, path in paths.items()}
-
-
-def find_files(folder):
-    """{split: path} of the files with a name that means something; OOD splits lose their `ood_`."""
     paths = {}
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS):
         name = path.stem.removeprefix("ood_")
@@ -55,19 +43,7 @@ def find_files(folder):
     if "train" not in paths:
         raise FileNotFoundError(f"{folder}: no train.tsv, train.csv or train.jsonl; found "
                                 + listing(sorted(path.name for path in folder.iterdir())))
-    return paths
-
-
-def is_superglue(path):
-    return path.suffix == ".jsonl" and {"premise", "hypothesis"} <= set(first_row(path))
-
-
-def has_labels(path):
-    return path is not None and (path.suffix != ".jsonl" or "label" in first_row(path))
-
-
-def first_row(path):
-    return next(read_jsonl(path), (None, {}))[1]
+    return {split: partial(read_rows, path) for split, path in paths.items()}
 
 
 def read_rows(path):

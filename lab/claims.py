@@ -13,7 +13,7 @@ without verdict.
 
 import math
 import statistics
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Callable
 from zipfile import BadZipFile
 
@@ -39,14 +39,6 @@ class Part:
     value: Callable  # Unit -> number
     bound: float = 0.0
     predictions: Callable | None = None  # {method: {split: logits}}, {split: labels}, metric -> it, too
-
-
-@dataclass
-class Claim:
-    claim: str
-    says: str  # what the paper says
-    primary: Part
-    parts: list = field(default_factory=list)
 
 
 class Unit:
@@ -133,43 +125,43 @@ def gain_by_T(other, place):
 
 
 ID, OOD = PLACES
-CLAIMS = [
-    Claim("LP grows the head more than FT", "The head norm grows far more in LP than in FT or LoRA.",
-          Part("growth of ||V||: LP - FT", lambda unit: unit.growth("LP") - unit.growth("FT")),
-          [Part("growth of ||V||: LP - LoRA", lambda unit: unit.growth("LP") - unit.growth("LoRA")),
-           Part("growth of ||V||: LP - 2 FT", lambda unit: unit.growth("LP") - 2 * unit.growth("FT"))]),
-    Claim("LP-FT moves features less than FT", "Features change less in LP-FT than in FT.",
-          difference("Diff(F)", "FT", "LP-FT", "features", "diff", place=ID),
-          [difference("Diff(F)", "FT", "LP-FT", "features", "diff", place=OOD),
-           *(difference("CS(F)", "LP-FT", "FT", "features", "cs", place=place) for place in PLACES),
-           *(difference("FDR(F)", "FT", "LP-FT", "features", "fdr", place=place) for place in PLACES)]),
-    Claim("LP-FT is better out of distribution than FT",
-          "LP-FT matches or beats FT in distribution and beats it out of distribution.",
-          predicted("score", "LP-FT", "FT", OOD, "score"),
-          [predicted("score", "LP-FT", "FT", ID, "score"),
-           *(predicted("score", name, "LP", ID, "score") for name in METHODS if name != "LP")]),
-    Claim("The encoder's part of the first step is larger in LP-FT",
-          "F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT.",
-          difference("FT ratio", "LP-FT", "FT", "ntk", "ft_ratio"),
-          [part for name in ("FT", "LP-FT") for part in (
-              Part(f"rank: F - P, {name}", lambda unit, name=name: unit.rank_gain(name)),
-              Part(f"test accuracy of regression: F - P, {name}",
-                   lambda unit, name=name: unit.regression_gain(name)))]),
-    Claim("LoRA has nearly the same F as FT", "F under LoRA has nearly F's rank and spectrum under FT.",
-          Part("singular values of F, LoRA and FT: smaller / larger",
-               lambda unit: unit.spectra("FT", "LoRA"), 0.5),
-          [Part("the same, LP-LoRA and LP-FT", lambda unit: unit.spectra("LP-FT", "LP-LoRA"), 0.5)]),
-    Claim("A larger head makes features move less", "The longer the first head, the less features move.",
-          Part("fall of Diff(F) per factor 10 on FT's head, in distribution",
-               lambda unit: unit.fall("FT", False)),
-          [Part(f"the same, {name}, {place}", lambda unit, name=name, ood=ood: unit.fall(name, ood))
-           for name in ("FT", "LP-FT") for place, ood in PLACES if (name, ood) != ("FT", False)]),
-    Claim("LP-FT is worse calibrated than FT, and a temperature mends it",
-          "LP-FT has a higher ECE than FT and gains most from temperature scaling.",
-          predicted("ECE", "LP-FT", "FT", ID, "calibration", "ece"),
-          [predicted("ECE", "LP-FT", "FT", OOD, "calibration", "ece"),
-           difference("T", "LP-FT", "FT", "temperature"),
-           *(gain_by_T(other, place) for other in ("LP", "FT") for place in PLACES)]),
+CLAIMS = [  # (claim, what the paper says, primary endpoint, further parts)
+    ("LP grows the head more than FT", "The head norm grows far more in LP than in FT or LoRA.",
+     Part("growth of ||V||: LP - FT", lambda unit: unit.growth("LP") - unit.growth("FT")),
+     [Part("growth of ||V||: LP - LoRA", lambda unit: unit.growth("LP") - unit.growth("LoRA")),
+      Part("growth of ||V||: LP - 2 FT", lambda unit: unit.growth("LP") - 2 * unit.growth("FT"))]),
+    ("LP-FT moves features less than FT", "Features change less in LP-FT than in FT.",
+     difference("Diff(F)", "FT", "LP-FT", "features", "diff", place=ID),
+     [difference("Diff(F)", "FT", "LP-FT", "features", "diff", place=OOD),
+      *(difference("CS(F)", "LP-FT", "FT", "features", "cs", place=place) for place in PLACES),
+      *(difference("FDR(F)", "FT", "LP-FT", "features", "fdr", place=place) for place in PLACES)]),
+    ("LP-FT is better out of distribution than FT",
+     "LP-FT matches or beats FT in distribution and beats it out of distribution.",
+     predicted("score", "LP-FT", "FT", OOD, "score"),
+     [predicted("score", "LP-FT", "FT", ID, "score"),
+      *(predicted("score", name, "LP", ID, "score") for name in METHODS if name != "LP")]),
+    ("The encoder's part of the first step is larger in LP-FT",
+     "F has a higher rank and a better kernel regression than P, and a larger FT ratio in LP-FT.",
+     difference("FT ratio", "LP-FT", "FT", "ntk", "ft_ratio"),
+     [part for name in ("FT", "LP-FT") for part in (
+         Part(f"rank: F - P, {name}", lambda unit, name=name: unit.rank_gain(name)),
+         Part(f"test accuracy of regression: F - P, {name}",
+              lambda unit, name=name: unit.regression_gain(name)))]),
+    ("LoRA has nearly the same F as FT", "F under LoRA has nearly F's rank and spectrum under FT.",
+     Part("singular values of F, LoRA and FT: smaller / larger",
+          lambda unit: unit.spectra("FT", "LoRA"), 0.5),
+     [Part("the same, LP-LoRA and LP-FT", lambda unit: unit.spectra("LP-FT", "LP-LoRA"), 0.5)]),
+    ("A larger head makes features move less", "The longer the first head, the less features move.",
+     Part("fall of Diff(F) per factor 10 on FT's head, in distribution",
+          lambda unit: unit.fall("FT", False)),
+     [Part(f"the same, {name}, {place}", lambda unit, name=name, ood=ood: unit.fall(name, ood))
+      for name in ("FT", "LP-FT") for place, ood in PLACES if (name, ood) != ("FT", False)]),
+    ("LP-FT is worse calibrated than FT, and a temperature mends it",
+     "LP-FT has a higher ECE than FT and gains most from temperature scaling.",
+     predicted("ECE", "LP-FT", "FT", ID, "calibration", "ece"),
+     [predicted("ECE", "LP-FT", "FT", OOD, "calibration", "ece"),
+      difference("T", "LP-FT", "FT", "temperature"),
+      *(gain_by_T(other, place) for other in ("LP", "FT") for place in PLACES)]),
 ]
 
 
@@ -180,10 +172,9 @@ def judge(out, plan, results):
     """The claims with numbers; see the module. NotMeasured numbers say why."""
     units = complete_units(results, plan["units"])
     logits = read_logits(out, units) if plan["unit"] == "seed" else None
-    judged = []
-    for claim in CLAIMS:
-        primary, *parts = (measure(part, results, units, logits) for part in (claim.primary, *claim.parts))
-        judged.append({"claim": claim.claim, "says": claim.says, "primary": primary, "parts": parts})
+    judged = [{"claim": claim, "says": says, "primary": measure(primary, results, units, logits),
+               "parts": [measure(part, results, units, logits) for part in parts]}
+              for claim, says, primary, parts in CLAIMS]
     measured = [claim["primary"] for claim in judged if "p" in claim["primary"]]
     for primary, rejected in zip(measured, holm([primary["p"] for primary in measured])):
         primary["verdict"] = "undecided" if not rejected else (
@@ -203,45 +194,42 @@ def measure(part, results, units, logits=None):
         return measured | {"why": str(error)}
     if all(value == part.bound for value in values):
         return measured | {"why": "every unit ties"}
-    if logits and part.predictions:
-        mean, lower, upper, p = bootstrap(part, logits, values, results[f"LP-{units[0]}"]["metric"])
-    else:
-        mean, lower, upper, p = paired_t(values, part.bound)
+    metric = results[f"LP-{units[0]}"]["metric"]
+    of_texts = variance_of_texts(part, logits, metric) if logits and part.predictions else 0.0
+    mean, lower, upper, p = paired_t(values, part.bound, of_texts)
     return measured | {"mean": mean, "lower": lower, "upper": upper, "p": p, "units": len(units),
                        "values": values}
 
 
-def paired_t(values, bound=0.0):
-    """(mean, lower, upper, p): the 95 % interval of the mean, Student's t; p of the mean being `bound`."""
-    n, mean = len(values), statistics.mean(values)
-    error = statistics.stdev(values) / math.sqrt(n)
-    half = stats.t.ppf(0.975, n - 1) * error
-    p = float(2 * stats.t.sf(abs(mean - bound) / error, n - 1)) if error else float(mean == bound)
-    return mean, mean - half, mean + half, p
+def paired_t(values, bound=0.0, of_texts=0.0):
+    """(mean, lower, upper, p): the 95 % interval of the mean, Student's t; p of the mean being `bound`.
 
-
-def bootstrap(part, logits, values, metric):
-    """The same where units share their test texts; logits as those of read_logits.
-
-    The mean over these units has two sources of chance. The texts: the standard deviation over draws of
-    texts, the same for every unit. The units: their standard error, as in paired_t. The variances are added,
-    with Welch and Satterthwaite's degrees of freedom for the sum.
+    of_texts: the variance of the mean by the choice of test texts, where units share them. It is added to
+    that by the units, with Welch and Satterthwaite's degrees of freedom for the sum.
     """
-    rng, n, mean, redrawn = np.random.default_rng(0), len(values), statistics.mean(values), []
+    n, mean, of_units = len(values), statistics.mean(values), statistics.variance(values) / len(values)
+    total = of_units + of_texts
+    if not total:
+        return mean, mean, mean, float(mean == bound)
+    freedom = total**2 / (of_units**2 / (n - 1) + of_texts**2 / (DRAWS - 1))
+    error = math.sqrt(total)
+    half, p = stats.t.ppf(0.975, freedom) * error, 2 * stats.t.sf(abs(mean - bound) / error, freedom)
+    return mean, mean - half, mean + half, float(p)
+
+
+def variance_of_texts(part, logits, metric):
+    """Of a part's mean over units, by bootstrap: texts are drawn again, the same for every unit.
+
+    logits as those of read_logits.
+    """
+    rng, redrawn = np.random.default_rng(0), []
     sizes = {split: len(labels) for split, labels in logits[next(iter(logits))][1].items()}
     for _ in range(DRAWS):
         texts = {split: rng.integers(size, size=size) for split, size in sizes.items()}
         redrawn.append(statistics.mean(part.predictions(
             {name: {s: splits[s][texts[s]] for s in splits} for name, splits in methods.items()},
             {s: labels[s][texts[s]] for s in labels}, metric) for methods, labels in logits.values()))
-    of_texts, of_units = statistics.variance(redrawn), statistics.variance(values) / n
-    total = of_texts + of_units
-    if not total:
-        return mean, mean, mean, float(mean == part.bound)
-    freedom = total**2 / (of_units**2 / (n - 1) + of_texts**2 / (DRAWS - 1))
-    error = math.sqrt(total)
-    half, p = stats.t.ppf(0.975, freedom) * error, 2 * stats.t.sf(abs(mean - part.bound) / error, freedom)
-    return mean, mean - half, mean + half, float(p)
+    return statistics.variance(redrawn)
 
 
 def read_logits(out, units):

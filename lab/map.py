@@ -7,8 +7,6 @@ is a level. Written to --out: map.svg and .png (accuracy), map-mechanism.svg and
 map.json. T is drawn over the languages in which it could be fitted. Runs that are there are not made again.
 """
 
-import json
-import signal
 import statistics
 import sys
 from pathlib import Path
@@ -20,7 +18,7 @@ from lab import reproduce
 from lab.claims import paired_t
 from lab.figures import COLOURS, save
 from lab.runs import METHODS, read_results
-from plumbing.files import write_text
+from plumbing.files import write_lines
 from plumbing.flags import Failed, Parser, exit_status
 
 RATES = {False: (1e-4, 3e-4, 1e-3, 3e-3), True: (5e-4, 2e-3, 5e-3, 1e-2)}  # {LoRA: grid}
@@ -101,7 +99,7 @@ def make_map(args, tasks):
     failed = reproduce.run_all(args, reproduce.encoders(args), "encoders", 1)
     failed |= reproduce.run_all(args, runs, "runs")
     numbers = collect(read_results(args.out, runs), tasks, args.units)
-    write_text(args.out / "map.json", json.dumps({"languages": args.units, "tasks": numbers}) + "\n")
+    write_lines(args.out / "map.json", [{"languages": args.units, "tasks": numbers}])
     for file, measures in MEASURES.items():
         save(args.out / file, draw, numbers, measures)
     print(f"map: {args.out / 'map.png'}, {args.out / 'map-mechanism.png'}, {args.out / 'map.json'}")
@@ -126,5 +124,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -29,10 +29,6 @@ from plumbing.checkpoint import save_pretrained
 from plumbing.flags import Failed, Parser, exit_status
 
 
-class PolarityNotLearnt(Failed):
-    """The tiny encoder failed its gate; using it would make every result meaningless."""
-
-
 @dataclass
 class Settings:
     """Everything that decides the tiny encoder, apart from the code."""
@@ -133,7 +129,7 @@ def mask_words(batch, settings):
 
 
 def check_polarity(encoder, tokenizer, settings):
-    """The gate: raise PolarityNotLearnt unless LP on `tiny-120` reads polarity from the features."""
+    """The gate: Failed unless LP on `tiny-120` reads polarity from the features."""
     texts = tiny.load("tiny-120", settings.seed)
     train, val = (encode(tokenizer, [(text, None, label) for text, label in texts[name]], 128)
                   for name in ("train", "val"))
@@ -141,7 +137,7 @@ def check_polarity(encoder, tokenizer, settings):
     set_head(classifier, fit_linear_probe(predict(classifier, train)[0], train.labels, len(tiny.LABELS)))
     reached = accuracy(predict(classifier, val)[1], val.labels)
     if reached < settings.gate:
-        raise PolarityNotLearnt(
+        raise Failed(
             f"the tiny encoder has not learnt polarity: a linear probe reaches {reached:.3f} on validation, "
             f"the gate is {settings.gate}; nothing was written. Another --seed may pass it")
     print(f"gate passed: a linear probe reads polarity with accuracy {reached:.3f} (needed: {settings.gate})")
@@ -154,7 +150,8 @@ def main(argv=None):
     add("--out", type=Path, metavar="DIR", help="a folder for train.py --model (default: tiny-encoder-seedN)")
     args = parser.parse_args(argv)
     out = args.out or Path(f"tiny-encoder-seed{args.seed}")
-    if out.exists() and (out.is_file() or any(out.iterdir())):
+    own = "model.safetensors", "tokenizer.json", "tokenizer_config.json"  # of a killed save
+    if out.is_file() or out.is_dir() and any(p.name not in own and p.suffix != ".tmp" for p in out.iterdir()):
         parser.error(f"--out {out}: holds something already; expected a new or empty folder")
 
     def work():

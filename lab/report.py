@@ -8,9 +8,7 @@ these files) and figures/. What is there is read in runs.py, figures are drawn i
 """
 
 import base64
-import json
 import re
-import shutil
 import statistics
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from lab import figures
 from lab.claims import judge
 from lab.runs import (METHODS, by_rate, complete_units, last_error, look_up, read_plan, read_results, scaled,
                       scales_of, tuning_scores)
-from plumbing.files import read_json, write_text
+from plumbing.files import read_json, write_json, write_text
 
 PAGE, STYLE = (Path(__file__).with_name(f"page.{kind}") for kind in ("md", "css"))
 
@@ -143,18 +141,11 @@ def write_report(out):
     filled = {title: table for title, rows in tables(metric, splits, scales_of(results)).items()
               if (table := fill(rows, results, units))}
     drawn, problems = figures.make_all(out, results, units)
-    picture = {}
-    if first.get("data") in TASKS and (out.parent / "map" / "map.svg").is_file():  # of lab.map
-        for path in (out.parent / "map").glob("map.???"):  # svg, png
-            shutil.copy(path, out / "figures")
-        picture = {"Accuracy against the learning rate": (
-            "map", "FT and LoRA fail at low rates, the more so the fewer the labels, and more out of "
-            "distribution (above) than in it (below). After LP every rate works. Bands: 95 % intervals of the"
-            " mean over languages.")}
-    write_text(out / "claims.json", json.dumps(judged, indent=1) + "\n")
-    write_text(out / "tables.json", json.dumps({"units": units, "tables": filled}, indent=1) + "\n")
-    text = as_markdown(out, plan, results, units, judged=judged, tables=filled, map=picture, drawn=drawn,
-                       problems=problems, tuning=tuning)
+    write_json(out / "claims.json", judged)
+    write_json(out / "tables.json", {"units": units, "tables": filled})
+    with_map = first.get("data") in TASKS and (out.parent / "map" / "map.svg").is_file()  # of lab.map
+    text = as_markdown(out, plan, results, units, judged=judged, tables=filled, with_map=with_map,
+                       drawn=drawn, problems=problems, tuning=tuning)
     write_text(out / "report.md", text)
     write_text(out / "report.html", as_html(text, out))
     for i, claim in enumerate(judged, 1):
@@ -190,7 +181,7 @@ def as_html(text, out):
         return f'src="data:image/svg+xml;base64,{data}"'
 
     body = markdown.markdown(text, extensions=["tables", "toc"])
-    body = re.sub(r'src="(figures/[\w-]+)\.png"', inside, body)
+    body = re.sub(r'src="((?:figures|\.\./map)/[\w-]+)\.png"', inside, body)
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=width=device-width>"
             f"<title>LP-FT: seven claims, measured</title><style>{STYLE.read_text(encoding='utf-8')}</style>"
             f"<body>{body}</body></html>\n")

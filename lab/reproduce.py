@@ -13,10 +13,8 @@ A run that fails is named, and the others go on. Exit status: 0 done, 2 bad inpu
 interrupted; the same command goes on.
 """
 
-import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -31,7 +29,7 @@ import train
 from data import tiny
 from lab.report import write_report
 from lab.runs import METHODS, PLAN, choose_rates, last_error, read_plan, read_results
-from plumbing.files import read_json, write_text
+from plumbing.files import read_json, write_json
 from plumbing.flags import Failed, Parser, configuration, exit_status
 from plumbing.run_folder import lock_folder
 
@@ -59,8 +57,10 @@ def parse_args(argv=None):
     add("--out", type=Path, help="folder of everything (default: reproduction/DATA-MODEL)")
     add("--list", action="store_true", help="print the commands that are left, and run none")
     add("--report", action="store_true", help="make the report of what is there, and run nothing")
-    args, args.further = parser.parse_known_args(argv)
-    own = {word.split("=")[0] for word in args.further} & {*OWN_FLAGS}
+    args, further = parser.parse_known_args(argv)
+    args.further = [part for word in further
+                    for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    own = {*args.further} & {*OWN_FLAGS}
     if own:
         parser.error(f"{min(own)} has no effect: every run has its own; expected flags like --max-train")
     embedded = args.data in tiny.TASKS
@@ -93,10 +93,10 @@ def encoder_of(args, unit):
 
 def common_flags(args, name, unit):
     """train.py's flags of one run of a method."""
-    (method, lora), further = METHODS[name], list(args.further)
-    if method == "lp" and "--epochs" in further:  # LP has none
-        place = further.index("--epochs")
-        del further[place:place + 2]
+    method, lora = METHODS[name]
+    idle = {"lp": {"--epochs", "--batch-size"}, "ft": {"--lp-scoring", "--lp-inverse-l2"}}.get(method, set())
+    idle = idle | ({"--lora-r", "--lora-alpha"} if not lora else set())  # would have no effect here
+    further = [word for before, word in zip(["", *args.further], args.further) if not {before, word} & idle]
     language = ["--language", str(unit)] if args.unit == "language" else []
     model = ["--model", str(encoder_of(args, unit))]
     return ["--method", method, *["--lora"] * lora, "--data", args.data, *model, *language, "--seed",
@@ -233,7 +233,7 @@ def stages(args, command):
     refuse_other_flags(args, runs)
     plan = {"command": command, "unit": args.unit, "units": args.units, "rates": rates, "tuning": tuning,
             "runs": runs}
-    write_text(args.out / PLAN, json.dumps(plan, indent=1) + "\n")
+    write_json(args.out / PLAN, plan)
     yield "runs", runs, args.jobs
 
 
@@ -276,5 +276,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -34,7 +34,7 @@ def read_results(out, runs):
         path = out / "runs" / name / "result.json"
         if path.is_file():
             result = results[name] = read_json(path)
-            metric = result.get("metric")
+            metric = str(result.get("metric"))
             if not isinstance(result.get(metric), dict) or look_up(result, f"val_{metric}") is None:
                 raise ValueError(f"{path}: not what train.py writes; expected a metric and its scores")
             if result.get("temperature_reason"):  # T = 1 stands for none

@@ -1,18 +1,7 @@
 """What any program needs and the method does not: files, folders, flags, a solver. Import it before torch."""
 
 import os
-import sys
 
-
-def one_line(kind, error, traceback):
-    """Ctrl-C while torch is still being imported needs no traceback."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("\ninterrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-sys.excepthook = one_line
 # Of torch's threads (GNU OpenMP's) one that waits for another gives way soon. By default it is 300 times as
 # patient, and a run took 20 times as long where other work filled the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -41,8 +41,9 @@ def huggingface_names(encoder):
     for i in range(len(encoder.layers)):
         for theirs, ours in LAYER_NAMES.items():
             modules[f"encoder.layer.{i}.{theirs}"] = f"layers.{i}.{ours}"
+    own = encoder.state_dict()
     return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in modules.items()
-            for kind in ("weight", "bias") if f"{ours}.{kind}" in encoder.state_dict()}
+            for kind in ("weight", "bias") if f"{ours}.{kind}" in own}
 
 
 def load_pretrained(name, pooling="auto"):
@@ -55,7 +56,7 @@ def load_pretrained(name, pooling="auto"):
     not supported and for a tensor that is missing, left over or of the wrong shape.
     """
     directory = find_checkpoint(name, pooling)
-    config = read_config(directory / "config.json")
+    config = check_config(read_json(directory / "config.json"), directory / "config.json")
     config.pooling = read_pooling(directory) if pooling == "auto" else pooling
     path = directory / "model.safetensors"
     weights = read_safetensors(path)
@@ -114,13 +115,8 @@ def save_pretrained(directory, encoder, tokenizer, labels=None, max_length=None,
         write_text(directory / name, json.dumps(content, indent=2) + "\n")
 
 
-def read_config(path):
-    """config.json as an EncoderConfig; ValueError for anything this encoder does not compute."""
-    return check_config(read_json(path), path)
-
-
 def check_config(raw, path):
-    """The entries of a config.json, read from `path`, as an EncoderConfig."""
+    """The entries of a config.json, read from `path`, as an EncoderConfig; ValueError where it cannot be."""
     supported = {"model_type": ("bert", "roberta"), "hidden_act": ("gelu",), "is_decoder": (False,),
                  "position_embedding_type": ("absolute", None), "pooling": ("first", "mean")}
     for key, allowed in supported.items():
@@ -170,18 +166,12 @@ def read_pooling(directory):
 def find_checkpoint(name, pooling="auto"):
     """The folder of a checkpoint: "tiny", a folder here, or else files of that name from the hub.
 
-    In a sentence-transformers folder it is that of its first module. Files of the hub go through
-    huggingface_hub and its cache; HF_HUB_OFFLINE=1 uses the cache alone.
+    Files of the hub go through huggingface_hub and its cache; HF_HUB_OFFLINE=1 uses the cache alone.
     """
     folder = tiny.ENCODER if name == "tiny" else Path(name)
     if folder.is_dir():
-        modules = folder / "modules.json"
-        if modules.is_file() and not (folder / "config.json").is_file():
-            try:
-                folder = folder / json.loads(modules.read_text(encoding="utf-8"))[0]["path"]
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                raise ValueError(f"{modules}: not a list of modules with paths ({error})") from None
-        return folder
+        inner = folder / "0_Transformer"  # where sentence-transformers may keep it
+        return inner if inner.is_dir() and not (folder / "config.json").is_file() else folder
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise FileNotFoundError(f"{name}: no such folder; --model takes one with a checkpoint, or a hub name")
     return download_checkpoint(str(name), pooling)
@@ -223,9 +213,10 @@ def read_tokenizer(path, vocab_size):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises bare Exception, whatever is wrong
         raise ValueError(f"{path}: not a tokenizers file ({error})") from None
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise ValueError(f"{path}: {tokenizer.get_vocab_size()} tokens, but config.json has "
-                         f"vocab_size {vocab_size}")
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"{path}: the largest token id is {largest}, but config.json has vocab_size "
+                         f"{vocab_size}")
     if tokenizer.num_special_tokens_to_add(False) == 0:
         raise ValueError(f"{path}: adds no special tokens, so there is no first token to read")
     return tokenizer
@@ -250,30 +241,26 @@ def read_safetensors(path):
         if size < 8 or header_size > size - 8:
             raise ValueError(f"{path}: not a whole safetensors file: {size} bytes, header of {header_size}")
         data_size = size - 8 - header_size
+        tensors = {}
         try:
             header = json.loads(file.read(header_size).decode("utf-8"))
             header.pop("__metadata__", None)
-            entries = []
             for name, entry in header.items():
-                begin, end = map(int, entry["data_offsets"])
-                shape = list(map(int, entry["shape"]))
-                if [begin, end, shape] != [*entry["data_offsets"], entry["shape"]]:
-                    raise ValueError(f"tensor {name!r} has a shape or an offset that is no integer")
-                entries.append((name, SAFETENSORS_DTYPES[entry["dtype"]], shape, begin, end))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                (begin, end), shape = entry["data_offsets"], entry["shape"]
+                dtype = SAFETENSORS_DTYPES[entry["dtype"]]
+                if not all(type(size) is int and 0 <= size < 2**62 for size in (begin, end, *shape)):
+                    raise ValueError(f"tensor {name!r} has a shape or an offset that is no size")
+                needed = math.prod(shape) * dtype.itemsize
+                if end > data_size or end - begin != needed:
+                    raise ValueError(f"tensor {name!r} of shape {shape} claims bytes {begin} to {end}; it "
+                                     f"needs {needed} and the file holds {data_size}")
+                buffer = bytearray(needed)
+                file.seek(8 + header_size + begin)
+                file.readinto(buffer)
+                tensors[name] = (torch.frombuffer(buffer, dtype=dtype) if needed
+                                 else torch.empty(0, dtype=dtype)).reshape(shape)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: broken safetensors header ({type(error).__name__}: {error})") from None
-        tensors = {}
-        for name, dtype, shape, begin, end in entries:
-            needed = math.prod(shape) * dtype.itemsize
-            sane = all(0 <= size < 2**62 for size in shape) and begin >= 0
-            if not sane or end > data_size or end - begin != needed:
-                raise ValueError(f"{path}: tensor {name!r} of shape {shape} claims bytes {begin} to "
-                                 f"{end}; it needs {needed} and the file holds {data_size}")
-            buffer = bytearray(needed)
-            file.seek(8 + header_size + begin)
-            file.readinto(buffer)
-            tensors[name] = (torch.frombuffer(buffer, dtype=dtype) if needed
-                             else torch.empty(0, dtype=dtype)).reshape(shape)
     return tensors
 
 

@@ -10,21 +10,17 @@ def device_of(model):
 
 
 def choose_device(name):
-    """(torch.device, why it was chosen); ValueError if it is not there."""
+    """(torch.device, what to say of it); ValueError if it is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-        why = "no CUDA or MPS device found" if name == "cpu" else "found by --device auto"
-    else:
-        why = "given"
-    if not available[name]:
+    available = [kind for kind, there in available.items() if there]
+    if name not in ("auto", *available):
         raise ValueError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; "
-                         f"available: {', '.join(kind for kind, there in available.items() if there)}")
-    if name == "cuda":
-        why += f", {torch.cuda.get_device_name()}"
+                         f"available: {', '.join(available)}")
+    name = available[0] if name == "auto" else name
+    card = f"{torch.cuda.get_device_name()}, " if name == "cuda" else ""
     with mixed_precision(torch.device(name)):
         precision = "bfloat16 autocast" if torch.is_autocast_enabled(name) else "float32"
-    return torch.device(name), f"{why}, {precision} in the FT stage"
+    return torch.device(name), f"{card}{precision} in the FT stage"
 
 
 def to_device(batch, device):

@@ -6,7 +6,6 @@
 Apart from `train.py` because `predict.py` reads what is written here.
 """
 import copy
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 
 from data import tiny
 from model import Classifier, Encoder, LoRALinear, add_lora, has_lora, merge_lora
-from plumbing.checkpoint import (check_config, huggingface_names, read_safetensors, read_tokenizer,
-                                 save_pretrained, write_safetensors)
+from plumbing.checkpoint import (check_config, read_safetensors, read_tokenizer, save_pretrained,
+                                 write_safetensors)
 from plumbing.files import read_json, write_arrays, write_json, write_text
 
 
@@ -38,7 +37,7 @@ def save_classifier(folder, model, tokenizer, task, temperature, max_length, dat
     content = {"data": data, "pairs": task.pairs, "labels": task.labels, "temperature": temperature,
                "temperature_reason": temperature_reason, "max_length": max_length,
                "lora": lora_settings(model.encoder), "encoder": asdict(model.encoder.config)}
-    write_text(folder / "classifier.json", json.dumps(content, indent=2) + "\n")
+    write_json(folder / "classifier.json", content)
 
 
 def save_run(args, model, tokenizer, task, result):
@@ -120,18 +119,13 @@ def export_adapter(folder, encoder, base):
     """The LoRA matrices of an encoder as a peft folder."""
     folder.mkdir(parents=True, exist_ok=True)
     r, lora_alpha = lora_settings(encoder)
-    plain = copy.deepcopy(encoder)
-    merge_lora(plain)  # only for the Hugging Face names of query and value
     tensors = {}
-    for theirs, ours in huggingface_names(plain).items():
-        layer, kind = ours.rsplit(".", 1)
-        module = encoder.get_submodule(layer)
-        if isinstance(module, LoRALinear) and kind == "weight":
-            for name in ("lora_A", "lora_B"):
-                tensors[f"base_model.model.{theirs.removesuffix('weight')}{name}.weight"] = getattr(
-                    module, name).weight
+    for name, tensor in encoder.state_dict().items():
+        if ".lora_" in name:
+            theirs = name.replace("layers.", "layer.").replace("attention.", "attention.self.")
+            tensors[f"base_model.model.encoder.{theirs}"] = tensor
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     config = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "r": r, "lora_alpha": lora_alpha,
               "lora_dropout": 0.0, "bias": "none", "target_modules": ["query", "value"],
               "inference_mode": True, "base_model_name_or_path": str(base)}
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "adapter_config.json", config)

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,12 +35,8 @@ def write_text(path, text):
 
 def write_lines(path, records, indent=None):
     """One JSON value a line; JSON has no NaN and no infinity: null."""
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    write_text(path, "".join(json.dumps(plain(record), indent=indent) + "\n" for record in records))
+    records = [json.loads(json.dumps(record), parse_constant=lambda name: None) for record in records]
+    write_text(path, "".join(json.dumps(record, indent=indent) + "\n" for record in records))
 
 
 def write_json(path, content):
@@ -84,8 +79,7 @@ def load_tensors(path):
 def read_json(path):
     """The object in a JSON file, as a dict."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds config.json, "
-                                "tokenizer.json and model.safetensors")
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8

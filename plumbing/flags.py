@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def exit_status(program, work, go_on=lambda: ""):
     """Call work(). 0, or one line on standard error and 2 for bad input; 1 for a full disk or memory, for a
     solver that did not converge, an open assignment and Failed; 130 for an interruption, with go_on() behind.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     try:
         work()
         return 0
@@ -111,26 +113,23 @@ def check(parser, args):
     if args.method == "lp" and args.lora:
         parser.error("--method lp trains only the head, so --lora has nothing to adapt; "
                      "use --method ft or lpft")
-    if args.ntk is not None and not 1 <= args.ntk <= 250:
-        parser.error(f"--ntk is {args.ntk}; expected 1 to 250")
+    other = f"--data is {args.data}, not one of "
     for flags, wrong, why in (
             (stage | {"--ntk": args.ntk}, args.method == "lp", "--method lp has no FT stage"),
             (lora, not args.lora, "it needs --lora"),
-            (probe, args.method == "ft", "--method ft does no linear probing")):
+            (probe, args.method == "ft", "--method ft does no linear probing"),
+            ({"--language": args.language}, args.data not in tiny.TASKS, other + ", ".join(tiny.TASKS)),
+            ({"--data-dir": args.data_dir}, args.data not in CORPORA, other + ", ".join(CORPORA)),
+            ({"--lp-scoring": args.lp_scoring}, args.lp_inverse_l2, "--lp-inverse-l2 fixes the penalty")):
         for flag, value in flags.items():
             if wrong and value is not None:
                 parser.error(f"{flag} has no effect: {why}")
-    if args.language is not None and args.data not in tiny.TASKS:
-        parser.error(f"--language has no effect: --data is {args.data}, not one of {', '.join(tiny.TASKS)}")
-    if args.data_dir and args.data not in CORPORA:
-        parser.error(f"--data-dir has no effect: --data is {args.data}, not one of {', '.join(CORPORA)}")
-    if args.lp_scoring and args.lp_inverse_l2 is not None:
-        parser.error("--lp-scoring has no effect: --lp-inverse-l2 fixes the penalty")
     positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train}
     for flag, value in positive.items():
         if value is not None and not 0 < value < 1e15:
             parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0")
-    for flag, value, least, most in (("--max-test", args.max_test, 0, 10**15),
+    for flag, value, least, most in (("--ntk", args.ntk, 1, 250),
+                                     ("--max-test", args.max_test, 0, 10**15),
                                      ("--language", args.language, 0, 10**6),
                                      ("--max-length", args.max_length, 8, 10**6),
                                      ("--seed", args.seed, 0, 2**32 - 1)):
@@ -169,7 +168,8 @@ def language_of(model):
     """The language that a tiny encoder was made for; None for any other."""
     path = Path(tiny.ENCODER if model == "tiny" else model) / "config.json"
     try:
-        return read_json(path).get("language")
+        language = read_json(path).get("language")
+        return language if isinstance(language, int) else None  # of other encoders it may be "en"
     except (ValueError, OSError):  # loading it will say what is wrong
         return None
 

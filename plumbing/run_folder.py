@@ -131,11 +131,9 @@ def run_in_folder(args, run):
 def fingerprint(task, encoder):
     """SHA-256 of the encoded texts, labels and weights that a run starts from."""
     digest = hashlib.sha256()
-    for split in task.splits.values():
-        for array in (split.ids, split.types, split.lengths, split.labels.numpy()):
-            digest.update(np.ascontiguousarray(array))
-    for tensor in encoder.state_dict().values():
-        digest.update(np.ascontiguousarray(tensor.numpy()))
+    texts = [array for s in task.splits.values() for array in (s.ids, s.types, s.lengths, s.labels)]
+    for array in (*texts, *encoder.state_dict().values()):
+        digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 
@@ -177,7 +175,7 @@ def claim_folders(args):
             go_on = f", or --resume {folder}" * (flag == "--out" and begun and not finished)
             raise ValueError(f"{flag} {folder}: holds something already; expected a new or empty "
                              f"folder{go_on}")
-    made = [folder for folder in (args.out, args.export) if folder and not folder.exists()]
+    made = [folder for folder in (args.export, args.out) if folder and not folder.exists()]
     for folder in made:
         folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(args.out)

@@ -21,7 +21,8 @@ import train
 from data import tiny
 from data.corpora import corpus_sources
 from model import Encoder
-from plumbing.checkpoint import read_config, save_pretrained
+from plumbing.checkpoint import check_config, save_pretrained
+from plumbing.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = (ROOT / "datasets", ROOT / "../shared/datasets")  # of real data, in this order
@@ -31,9 +32,15 @@ SENTENCES = ["The cat sat on the mat.", "It rained!", "Was the plot any good? No
              "naïve café 東京 🙂 — odd\tcharacters", "a " * 300]
 
 
+def sample(split, i):
+    """One sample of a Split, as lists without padding."""
+    batch, _ = split.batch([i])
+    return {name: tensor[0].tolist() for name, tensor in batch.items()}
+
+
 def tiny_config():
     """The sizes of the tiny encoder."""
-    return read_config(tiny.ENCODER / "config.json")
+    return check_config(read_json(tiny.ENCODER / "config.json"), "config.json")
 
 
 def find_data(*names):

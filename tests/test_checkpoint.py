@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from conftest import SENTENCES, find_data
+from conftest import SENTENCES, find_data, sample
 from data import encode, tiny
 from data.corpora import corpus_sources
 from plumbing import checkpoint
@@ -235,7 +235,7 @@ def test_token_ids_of_a_thousand_sentences_equal_those_of_transformers(name, max
     rows = [(a, None) for a in sentences] + list(zip(sentences, sentences[7:]))
     split = encode(tokenizer, [(a, b, 0) for a, b in rows], max_length)
     longest = 0
-    for ours, (a, b) in zip(split, rows, strict=True):
+    for ours, (a, b) in zip((sample(split, i) for i in range(len(split))), rows, strict=True):
         expected = theirs(a, b, truncation="longest_first", max_length=max_length)
         assert ours["input_ids"] == expected["input_ids"], (a, b)
         assert ours["token_type_ids"] == expected.get("token_type_ids", [0] * len(ours["input_ids"])), (a, b)

@@ -160,7 +160,7 @@ def test_endpoints_are_those_that_the_paper_leads_with():
 
 def test_the_score_of_cola_is_drawn_again_as_matthews_correlation():
     """Draws of texts give the metric that tables have, not accuracy."""
-    part = claims.CLAIMS[2].parts[0]
+    part = claims.CLAIMS[2][3][0]
     labels = np.array([1] * 90 + [0] * 10)
     logits = {"LP-FT": {"test": np.eye(2)[labels]}, "FT": {"test": np.eye(2)[np.ones(100, int)]}}  # always 1: 0
     assert part.predictions(logits, {"test": labels}, "matthews") == pytest.approx(1.0)
@@ -184,7 +184,7 @@ def test_intervals_cover_what_they_say(monkeypatch, spread):
         _, lower, upper, _ = claims.paired_t(list(rng.normal(0.3, 1, 8)))
         inside.append(lower <= 0.3 <= upper)
     assert 0.90 < np.mean(inside) < 0.98
-    part = claims.CLAIMS[2].parts[0]  # the score in distribution, LP-FT - FT
+    part = claims.CLAIMS[2][3][0]  # the score in distribution, LP-FT - FT
     inside = []
     for _ in range(200):
         hard, logits, values = {name: rng.random(400) for name in ("LP-FT", "FT")}, {}, []  # of each text
@@ -192,7 +192,8 @@ def test_intervals_cover_what_they_say(monkeypatch, spread):
             guess = {name: np.where(hard[name] < 0.5 + rng.uniform(-1, 1) * spread, 0, 1) for name in hard}
             logits[seed] = ({name: {"test": np.eye(2)[g]} for name, g in guess.items()}, {"test": np.zeros(400, int)})
             values.append(part.predictions(*logits[seed], "accuracy"))
-        _, lower, upper, _ = claims.bootstrap(part, logits, values, "accuracy")
+        of_texts = claims.variance_of_texts(part, logits, "accuracy")
+        _, lower, upper, _ = claims.paired_t(values, 0.0, of_texts)
         inside.append(lower <= 0.0 <= upper)
     assert 0.90 <= np.mean(inside)
 

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 
+from conftest import sample
 from data import Task, draw_ntk_samples, encode, evaluation_batches, load_task, read_task, readers, tiny, training_batches
 from plumbing.checkpoint import load_pretrained
 
@@ -88,17 +89,17 @@ def test_a_batch_holds_the_samples_and_padding(tokenizer):
     batch, labels = split.batch([1, 0])
     assert labels.tolist() == [0, 2]
     assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
-    assert batch["input_ids"][1].tolist() == split[0]["input_ids"] + [0, 0, 0]
+    assert batch["input_ids"][1].tolist() == sample(split, 0)["input_ids"] + [0, 0, 0]
     assert all(tensor.dtype == torch.long for tensor in batch.values())
 
 
 def test_a_pair_is_cut_longest_first_and_its_second_text_is_marked(tokenizer):
     long, short = "the screen was bad . " * 10, "good"
-    example = encode(tokenizer, [(long, short, 0)], 12)[0]
+    example = sample(encode(tokenizer, [(long, short, 0)], 12), 0)
     words = [tokenizer.id_to_token(i) for i in example["input_ids"]]
     assert words == ["[CLS]", *long.split()[:8], "[SEP]", "good", "[SEP]"]
     assert example["token_type_ids"] == [0] * 10 + [1] * 2
-    example = encode(tokenizer, [(short, long, 0)], 12)[0]  # whichever of the two is long
+    example = sample(encode(tokenizer, [(short, long, 0)], 12), 0)  # whichever of the two is long
     words = [tokenizer.id_to_token(i) for i in example["input_ids"]]
     assert words == ["[CLS]", "good", "[SEP]", *long.split()[:8], "[SEP]"]
     assert example["token_type_ids"] == [0] * 3 + [1] * 9
@@ -169,7 +170,7 @@ def test_a_folder_of_your_own(tmp_path, tokenizer, suffix):
         "train": 18, "val": 2, "test": 3, "forum": 4}
     assert task.test_names == ["test", "forum"]
     assert task.splits["val"].labels.tolist() == [1, 0]
-    assert [tokenizer.id_to_token(i) for i in task.splits["val"][1]["input_ids"]][-2] == "bad"
+    assert [tokenizer.id_to_token(i) for i in sample(task.splits["val"], 1)["input_ids"]][-2] == "bad"
 
 
 @pytest.mark.parametrize("name", ["val", "dev", "validation"])
@@ -212,7 +213,7 @@ def test_max_train_keeps_a_seeded_sample_in_the_original_order(tmp_path, tokeniz
 
     def kept(seed):
         split = load_task(tmp_path, tokenizer, max_train=8, seed=seed).splits["train"]
-        return [example["input_ids"][1] for example in split]
+        return split.batch(range(8))[0]["input_ids"][:, 1].tolist()
 
     assert len(kept(0)) == 8 and kept(0) == sorted(kept(0)) and kept(0) == kept(0) != kept(1)
 
@@ -225,7 +226,7 @@ def test_max_test_keeps_the_same_rows_of_each_test_for_every_seed(tmp_path, toke
     kept = [load_task(tmp_path, tokenizer, max_test=8, seed=seed).splits for seed in (0, 1)]
     assert {name: len(split) for name, split in kept[0].items()} == {"train": 40, "val": 40, "test": 8, "forum": 8}
     for name in ("test", "forum"):
-        first, second = ([example["input_ids"][1] for example in splits[name]] for splits in kept)
+        first, second = (splits[name].batch(range(8))[0]["input_ids"][:, 1].tolist() for splits in kept)
         assert first == second == sorted(first)
     assert load_task(tmp_path, tokenizer, max_test=0).test_names == []
 
@@ -233,7 +234,7 @@ def test_max_test_keeps_the_same_rows_of_each_test_for_every_seed(tmp_path, toke
 def test_cb_and_rte_in_their_original_layout(superglue, minilm):
     """SuperGLUE's val.jsonl is the test set; validation is the last tenth of train."""
     _, tokenizer = load_pretrained(minilm)
-    cb, rte = load_task(superglue / "CB", tokenizer), load_task(superglue / "RTE", tokenizer)
+    cb, rte = (load_task(name, tokenizer, data_dir=superglue) for name in ("cb", "rte"))
     assert {name: len(split) for name, split in cb.splits.items()} == {"train": 225, "val": 25, "test": 56}
     assert {name: len(split) for name, split in rte.splits.items()} == {
         "train": 2241, "val": 249, "test": 277}
@@ -241,18 +242,7 @@ def test_cb_and_rte_in_their_original_layout(superglue, minilm):
     lines = (superglue / "CB" / "val.jsonl").read_text().splitlines()
     row = json.loads(lines[5])
     assert cb.labels[cb.splits["test"].labels[5]] == row["label"]
-    assert cb.splits["test"][5]["input_ids"] == tokenizer.encode(row["premise"], row["hypothesis"]).ids
-
-
-def test_superglue_as_downloaded_has_a_test_file_without_labels(tmp_path):
-    """Then val.jsonl is the test set; a folder of the same columns with three labelled files keeps them."""
-    rows = [{"premise": f"p{i}", "hypothesis": "h", "label": i % 2, "idx": i} for i in range(20)]
-    write_rows(tmp_path / "train.jsonl", rows)
-    write_rows(tmp_path / "val.jsonl", rows[:4])
-    write_rows(tmp_path / "test.jsonl", [{"premise": "p", "hypothesis": "h", "idx": 0}])
-    assert {name: len(rows) for name, rows in read_task(tmp_path).splits.items()} == {"train": 18, "val": 2, "test": 4}
-    write_rows(tmp_path / "test.jsonl", rows[:7])
-    assert {name: len(rows) for name, rows in read_task(tmp_path).splits.items()} == {"train": 20, "val": 4, "test": 7}
+    assert sample(cb.splits["test"], 5)["input_ids"] == tokenizer.encode(row["premise"], row["hypothesis"]).ids
 
 
 BAD_FILES = [

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import predict
 import train
-from conftest import LORA, SENTENCES
+from conftest import LORA, SENTENCES, sample
 from data import count_unknown, encode, tiny
 from plumbing.export import load_classifier, lora_settings
 from model import LoRALinear, add_lora, count_parameters
@@ -297,7 +297,7 @@ def test_the_exported_tokenizer_gives_the_same_ids(run):
     _, tokenizer, _ = load_classifier(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(exported)
     for a, b in (("the screen was GOOD .", None), ("Café the screen", "was Bad ."), ("good " * 300, "bad " * 300)):
-        ours = encode(tokenizer, [(a, b, 0)], 64)[0]
+        ours = sample(encode(tokenizer, [(a, b, 0)], 64), 0)
         expected = theirs(a, b, truncation="longest_first")
         assert ours["input_ids"] == expected["input_ids"]
         assert ours["token_type_ids"] == expected["token_type_ids"]

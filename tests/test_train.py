@@ -81,7 +81,7 @@ def test_bfloat16_is_for_cards_that_have_it_and_is_announced(device, of_its_own,
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True:
                         of_its_own or including_emulation)
     chosen, why = devices.choose_device(device)
-    assert chosen.type == device and why.endswith(f", {precision} in the FT stage")
+    assert chosen.type == device and why.endswith(f"{precision} in the FT stage")
     assert ("a card" in why) == (device == "cuda")
     with devices.mixed_precision(chosen):
         assert torch.is_autocast_enabled(device) == (precision != "float32")
@@ -120,7 +120,7 @@ def test_where_all_of_validation_is_right_t_is_one_and_the_table_says_why(all_ri
     assert result["val_accuracy"] == result["temperature"] == 1 and result["temperature_reason"] == reason
     of_test = result["calibration"]["test"]
     assert of_test["ece_scaled"] == of_test["ece"] > 0 and of_test["mce_scaled"] == of_test["mce"]
-    assert f"ECE/T, MCE/T: with T = 1, not fitted: {reason}. Features:" in printed
+    assert f"ECE/T, MCE/T: with T = 1, not fitted: {reason}. Diff(F):" in printed
     assert "fitted on validation" not in printed
     assert " temperature=1.0000 " in printed.splitlines()[-1]
 
@@ -142,7 +142,7 @@ def test_predictions_of_such_a_run_are_those_without_t(all_right, tmp_path, caps
 
 def test_a_fitted_temperature_has_no_reason(random_folder, tmp_path, capsys):
     assert train.main(command("lp", "--model", str(random_folder), "--out", str(tmp_path / "run"))) == 0
-    assert ", fitted on validation. Features:" in capsys.readouterr().out
+    assert ", fitted on validation. Diff(F):" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "result.json").read_text())["temperature_reason"] is None
     (tmp_path / "texts").write_text("good\n")
     assert predict_command.main([str(tmp_path / "run"), str(tmp_path / "texts")]) == 0
