@@ -171,6 +171,14 @@ class Code:
         return os.mkdir, ("code-was-run",)
 
 
+def gap_in_the_ids(folder):
+    """As many tokens as the encoder has rows, but one of them beyond the last row."""
+    text = (folder / "tokenizer.json").read_text()
+    vocabulary = json.loads(text)["model"]["vocab"]
+    word = max(vocabulary, key=vocabulary.get)
+    (folder / "tokenizer.json").write_text(re.sub(rf'("{re.escape(word)}": ){vocabulary[word]}\b', r"\g<1>9999", text))
+
+
 def bin_with_code(folder):
     (folder / "model.safetensors").unlink()
     torch.save({"embeddings": Code()}, folder / "pytorch_model.bin")
@@ -193,6 +201,7 @@ CHECKPOINTS = [
     (remove("tokenizer.json"), "tokenizer.json: no such file"),
     (write("tokenizer.json", b"{}"), "tokenizer.json: not a tokenizers file"),
     (cut("tokenizer.json", 1000), "tokenizer.json: not a tokenizers file"),
+    (gap_in_the_ids, "tokenizer.json: the largest token id is 9999, but config.json has vocab_size"),
     (remove("model.safetensors"), "model.safetensors: no such file"),
     (cut("model.safetensors", 5), "model.safetensors: not a whole safetensors file"),
     (cut("model.safetensors", 100), "model.safetensors: not a whole safetensors file"),

@@ -48,6 +48,12 @@ def test_another_seed_is_another_language_in_a_folder_that_train_py_reads(tmp_pa
     assert not torch.equal(first.word_embeddings.weight, second.word_embeddings.weight)
     with pytest.raises(SystemExit):  # a folder that holds something
         pretrain.main(["--out", str(tmp_path / "1")])
+    (tmp_path / "2" / "config.json").rename(tmp_path / "2" / "config.json.tmp")  # as a kill during the save leaves it
+    assert pretrain.main(["--seed", "2", "--out", str(tmp_path / "2")]) == 0
+    (tmp_path / "2" / "config.json").unlink()
+    (tmp_path / "2" / "notes.txt").touch()
+    with pytest.raises(SystemExit):
+        pretrain.main(["--seed", "2", "--out", str(tmp_path / "2")])
 
 
 def test_the_same_seed_pre_trains_the_same_encoder_whatever_the_number_of_threads():

@@ -188,6 +188,15 @@ def test_a_rate_of_which_a_run_failed_is_no_choice():
     assert "3e-3: a run failed" in report.tuning_grid(tuning, {"tuning": planned, "rates": {"FT": "1e-3"}})
 
 
+def test_a_further_flag_goes_to_the_methods_that_it_means_something_to():
+    """LP has no FT stage, FT no linear probing; --flag=value and --flag value are the same."""
+    args = reproduce.parse_args(["--epochs=4", "--batch-size", "16", "--lora-r=4", "--lp-inverse-l2", "1", "--max-length=64"])
+    flags = {name: train.parse_args(reproduce.common_flags(args, name, 0)) for name in runs.METHODS}
+    assert {name: (of.epochs, of.batch_size, of.lora_r, of.lp_inverse_l2, of.max_length) for name, of in flags.items()} == {
+        "LP": (None, None, None, 1, 64), "FT": (4, 16, None, None, 64), "LoRA": (4, 16, 4, None, 64),
+        "LP-FT": (4, 16, None, 1, 64), "LP-LoRA": (4, 16, 4, 1, 64)}
+
+
 def test_every_language_has_an_encoder_of_its_own(tmp_path):
     """Language 0's is shipped; the others are made once, beside the folder of the runs, and read from there."""
     args = reproduce.parse_args(["--languages", "3", "--out", str(tmp_path / "tiny")])

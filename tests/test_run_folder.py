@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import lpft
+import predict as predict_command
 import ntk
 from plumbing import export, files, run_folder
 import train
@@ -484,3 +486,20 @@ def test_memory_that_runs_out_is_one_line_with_what_to_lower(random_folder, tmp_
                                str(out)]) == 1
             last = capsys.readouterr().err.splitlines()[-1]
             assert last == f"train.py: error: out of memory; {said}"
+
+
+def test_predict_says_what_to_lower_too(random_folder, tmp_path, capsys, monkeypatch):
+    def full(*arguments, **more):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    assert train.main(["--model", str(random_folder), "--method", "lp", "--out", str(tmp_path / "run")]) == 0
+    (tmp_path / "texts").write_text("good\n")
+    monkeypatch.setattr(predict_command, "predict", full)
+    assert predict_command.main([str(tmp_path / "run"), str(tmp_path / "texts")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "predict.py: error: out of memory; lower --batch-size"
+
+
+def test_what_json_has_no_word_for_is_null_wherever_it_stands(tmp_path):
+    files.write_json(tmp_path / "x", {"a": math.nan, "b": [1.5, [math.inf, -math.inf]], "c": {"d": math.nan}})
+    assert json.loads((tmp_path / "x").read_text(), parse_constant=pytest.fail) == {
+        "a": None, "b": [1.5, [None, None]], "c": {"d": None}}

@@ -345,6 +345,14 @@ def test_the_learning_rate_is_that_of_the_embedded_task_or_of_the_encoder():
     assert lr["--data cb --model other"] == RECIPES["cb"][0][1]
 
 
+def test_an_encoder_of_a_human_language_is_no_tiny_one(tmp_path):
+    """config.json may name a language, as "en"; only a number makes it an encoder of the generated language."""
+    for language, recipe in (("en", "folder"), (5, "tiny")):
+        (tmp_path / "config.json").write_text(json.dumps({"language": language}))
+        args = train.parse_args(["--method", "ft", "--model", str(tmp_path), "--data", "mine"])
+        assert args.lr == RECIPES[recipe][0][1]
+
+
 def test_an_encoder_of_another_language_is_refused(tmp_path, capsys):
     """Its words are liked and disliked otherwise: every number would be about nothing."""
     folder = tmp_path / "encoder"
