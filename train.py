@@ -124,18 +124,12 @@ def lp_stage(args, model, task, features_0):
               f"val_{task.metric}": METRICS[task.metric](val_logits, val_labels),
               "head_norm": float(probe.weight.norm()), "path": probe.path}
     chosen = "fixed" if args.lp_inverse_l2 else f"chosen by 5-fold {args.lp_scoring}"
-    print(f"LP    inverse_l2 {probe.inverse_l2:.4g}, {chosen};  {scores_of(record, task)}")
+    print(f"LP    inverse_l2 {probe.inverse_l2:.4g}, {chosen};  train {record['train_accuracy']:.3f}  "
+          f"val {task.metric} {record[f'val_{task.metric}']:.3f}  head norm {record['head_norm']:.3f}")
     if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:
         print("LP    train is far above val: the head overfits; try --lp-scoring log-loss")
     files.write_lines(args.out / "metrics.jsonl", [record])
     return record
-
-
-def scores_of(record, task):
-    """Of a record of LP or of an epoch; train's is always accuracy."""
-    val = "val" if task.metric == "accuracy" else f"val {task.metric}"
-    return (f"train {record['train_accuracy']:.3f}  {val} {record[f'val_{task.metric}']:.3f}  "
-            f"head norm {record['head_norm']:.3f}")
 
 
 def ntk_stage(args, model, task):
@@ -181,8 +175,9 @@ def ft_stage(args, model, tokenizer, task, state, lp_record):
     lines = [lp_record] if lp_record else []
 
     def on_epoch(record):
-        print(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  {scores_of(record, task)}",
-              flush=True)
+        print(f"FT    epoch {record['epoch']:2d}  loss {record['loss']:.4f}  "
+              f"train {record['train_accuracy']:.3f}  val {task.metric} {record[f'val_{task.metric}']:.3f}  "
+              f"head norm {record['head_norm']:.3f}", flush=True)
         lines.append({"stage": "ft"} | record)
         files.write_lines(args.out / "metrics.jsonl", lines)
 

@@ -342,7 +342,7 @@ def test_the_printed_last_line_has_the_scores_the_head_norm_and_t_of_result_json
 @on_every_run
 def test_the_printed_lines_of_lp_and_of_each_epoch_are_their_records(opened, task, method):
     run = opened(task, method)
-    val = "val matthews" if task == "cola" else "val"
+    val = "val matthews" if task == "cola" else "val accuracy"
     for epoch, record in run.records.items():
         if record is None:
             continue
