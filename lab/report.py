@@ -21,7 +21,7 @@ from lab import figures
 from lab.claims import judge
 from lab.runs import (METHODS, by_rate, complete_units, last_error, look_up, read_plan, read_results, scaled,
                       scales_of, tuning_scores)
-from plumbing.files import read_json, write_json, write_text
+from plumbing.files import read_json, write_json, write_lines, write_text
 
 PAGE, STYLE = (Path(__file__).with_name(f"page.{kind}") for kind in ("md", "css"))
 
@@ -62,16 +62,15 @@ def tables(metric, splits, factors):
 
 
 def fill(rows, results, units):
-    """{row: {column: {mean, std, values, runs, key}}} of what every unit has."""
+    """{row: {column: {mean, std, values, file, key}}} of what every unit has; `file` has UNIT for the unit."""
     table = {}
     for row, columns in rows.items():
         for column, (name, *keys) in columns.items():
-            values = {f"{name}-{unit}": look_up(results.get(f"{name}-{unit}"), *keys) for unit in units}
-            if None not in values.values():
+            values = [look_up(results.get(f"{name}-{unit}"), *keys) for unit in units]
+            if None not in values:
                 table.setdefault(row, {})[column] = {
-                    "mean": statistics.mean(values.values()), "std": statistics.stdev(values.values()),
-                    "values": [*values.values()], "runs": [f"runs/{run}/result.json" for run in values],
-                    "key": ".".join(keys)}
+                    "mean": statistics.mean(values), "std": statistics.stdev(values), "values": values,
+                    "file": f"runs/{name}-UNIT/result.json", "key": ".".join(keys)}
     return table
 
 
@@ -142,7 +141,7 @@ def write_report(out):
               if (table := fill(rows, results, units))}
     drawn, problems = figures.make_all(out, results, units)
     write_json(out / "claims.json", judged)
-    write_json(out / "tables.json", {"units": units, "tables": filled})
+    write_lines(out / "tables.json", [{"units": units, "tables": filled}])
     with_map = first.get("data") in TASKS and (out.parent / "map" / "map.svg").is_file()  # of lab.map
     text = as_markdown(out, plan, results, units, judged=judged, tables=filled, with_map=with_map,
                        drawn=drawn, problems=problems, tuning=tuning)

@@ -82,7 +82,8 @@ def test_a_cell_of_each_table_by_hand(folder, written, table, row, column, metho
     assert cell["values"] == expected
     assert cell["mean"] == pytest.approx(statistics.mean(expected))
     assert cell["std"] == pytest.approx(statistics.stdev(expected))
-    assert cell["key"] == ".".join(keys) and all((folder / path).is_file() for path in cell["runs"])
+    assert cell["key"] == ".".join(keys) and all(
+        (folder / cell["file"].replace("UNIT", str(unit))).is_file() for unit in (0, 1))
     lines = (folder / "report.md").read_text().split(f"## {title}")[1].splitlines()
     columns = [name.strip() for name in lines[2].split("|")]
     line = next(line for line in lines if line.startswith(f"| {row} |"))
