@@ -62,7 +62,7 @@ def tables(metric, splits, factors):
 
 
 def fill(rows, results, units):
-    """{row: {column: {mean, std, values, file, key}}} of what every unit has; `file` has UNIT for the unit."""
+    """{row: {column: {mean, std, values, file, key}}} of what every unit has; UNIT in file is each unit."""
     table = {}
     for row, columns in rows.items():
         for column, (name, *keys) in columns.items():
