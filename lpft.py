@@ -40,11 +40,11 @@ class LinearProbe:
 def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="accuracy", fold_of=None):
     """Multinomial logistic regression on features (N, h) and labels (N,), in float64 on the CPU.
 
-    Minimises scikit-learn's objective, inverse_l2 * sum_i cross_entropy(V phi(x_i) + b, y_i) + 1/2 ||V||_F^2;
-    for two classes + ||V||_F^2, because there scikit-learn fits one vector w and penalises 1/2 ||w||^2, and
-    with V = [-w/2, w/2] that is ||V||_F^2. b has no penalty. If `inverse_l2` is None, cross-validation picks
-    it from INVERSE_L2_GRID by `scoring`, "accuracy" or "log-loss"; of several with the same best score, the
-    smallest, as scikit-learn does. `fold_of` (N,) is the fold of each sample (default: stratified_folds).
+    Minimises scikit-learn's objective, inverse_l2 * sum_i cross_entropy(V phi(x_i) + b, y_i) + 1/2 ||V||_F^2,
+    for two classes without the 1/2, because there scikit-learn fits one vector w and penalises 1/2 ||w||^2,
+    and with V = [-w/2, w/2] that is ||V||_F^2. b has no penalty. If `inverse_l2` is None, cross-validation
+    picks it from INVERSE_L2_GRID by `scoring`, "accuracy" or "log-loss"; of several with the same best score,
+    the smallest, as scikit-learn does. `fold_of` (N,): the fold of each sample (default: stratified_folds).
 
     ValueError for a class without samples, features that are not finite, and what stratified_folds refuses.
     """
@@ -53,8 +53,8 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
     if not (torch.isfinite(x).all() and present.all()):  # an absent class's bias would fall without end
         raise ValueError("linear probing: " + ("the features hold NaN or infinity" if present.all() else
                          f"no sample of class {int(present.int().argmin())}; expected all {num_classes}"))
-    # Centre and rotate to principal axes. That changes no ||V||, and b takes up the shift; the Hessian comes
-    # near a diagonal, as the solver's preconditioner is. Along axes without data V is 0: they are left out.
+    # Centre and rotate to principal axes. That changes no ||V||, and b takes up the shift; the Hessian is now
+    # nearly diagonal, as the solver's preconditioner assumes. N samples have N axes at most: the rest is 0.
     mean = x.mean(0)  # (h,)
     _, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # (h, h), by growing variance
     axes = axes[:, -min(len(x), x.shape[1]):]  # (h, k)
@@ -167,8 +167,8 @@ def fine_tune(model, train, val, *, lr, batch_size, epochs=10, seed=0, metric="a
     """The FT stage (paper Sec. 5): train what requires a gradient, keep the best validation epoch.
 
     Adam, learning rate falling linearly to 0 without warm-up, gradient clipped to a norm of at most 1,
-    dropout as the encoder's configuration has it. `train` and `val` are Splits; `seed` sets the order of the
-    batches (data.training_batches); dropout uses torch's generator, which the caller seeds.
+    dropout as the encoder's configuration has it. `train` and `val` are Splits; `seed` sets the
+    batches and their order (data.training_batches); dropout uses torch's generator, which the caller seeds.
     Returns one dict an epoch, {epoch, loss, train_accuracy, val_accuracy, val_METRIC, lr, head_norm}, which
     `on_epoch` gets too. Epoch 0 is the start, measured without dropout; later loss and train_accuracy are
     means over the samples, with dropout. `lr` is that of the next step. The model is left in eval mode, with
@@ -268,7 +268,7 @@ def why_no_temperature(logits, labels):
     logits = logits.detach().cpu().double()  # (N, C)
     of_label = logits.gather(1, labels.cpu().unsqueeze(1)).squeeze(1)  # (N,)
     if (of_label - logits.mean(1)).mean() <= 1e-12 * logits.abs().mean():  # 0, up to rounding
-        return ("validation is no better than chance: a label's logit is not above the mean logit, "
+        return ("validation is no better than chance: on average a label's logit is not above the mean, "
                 "so the loss falls all the way to T = infinity")
     if (of_label == logits.amax(1)).all():
         return "every validation sample is right or tied, so the loss falls all the way to T = 0"

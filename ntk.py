@@ -82,8 +82,8 @@ def empirical_ntk(model, train_batches, test_batches=None):
     """The kernels of ntk_by_jacobian, one block of the encoder at a time, without a Jacobian of the whole.
 
     F = V K V^T, where K is the h x h kernel of the features. Write V = U S W with r singular values above 0.
-    Then F = U (S W K W^T S) U^T: r backward passes are enough, one for each row of S W phi, and F has at most
-    the rank N r. After LP the rows of V sum to zero, so r is at most C - 1.
+    Then F = U (S W K W^T S) U^T: r backward passes are enough, one for each entry of S W phi, and the rank of
+    F is at most N r. After LP the rows of V sum to zero, so r is at most C - 1.
 
     ValueError where the result would not be exact, ArithmeticError where autograd disagrees (spot_check).
     """
@@ -324,7 +324,7 @@ def kernel_regression(train_kernel, train_labels, test_kernel, test_labels):
     Row (i, c) of the NC x NC matrix is the input, its target is whether c is the label of sample i. Returns a
     dict: train_accuracy, test_accuracy of classes (the logit with the highest score), train_logit_accuracy,
     test_logit_accuracy of the single decisions, and inverse_l2, chosen by 5-fold cross-validation; the C rows
-    of a sample are in one fold. Kernels are divided by their mean diagonal, so that one grid fits them all.
+    of a sample are in one fold. Both are divided by the training kernel's mean diagonal: one grid fits all.
     """
     C, rows = train_kernel.shape[1], train_kernel.flatten(2).flatten(0, 1)  # (N C, N C)
     scale = float(rows.diagonal().mean()) or 1.0  # 0: F of a head V = 0

@@ -7,7 +7,8 @@ One text a line, or, if the run was trained on pairs, two with a tab between; in
 each with the label and the probability of every class, softmax(logits / T) with the temperature T of
 the run. Read, classified and written 10,000 lines at a time: a file of any length takes the same memory.
 
-Exit status: 0 done, 2 bad input (one line says what; lines before it are written), 130 interrupted.
+Exit status: 0 done, 2 bad input (one line says what; lines before it are written), 1 memory or disk full, 130
+interrupted.
 """
 
 import json

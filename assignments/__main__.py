@@ -124,6 +124,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"assignments: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nassignments: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/lp_vs_sklearn.py --data path/to/superglue
 
-MiniLM-L6 features of CB (3 classes) and of RTE (2 classes), float64, 5 folds, 10 strengths, two
+MiniLM-L6 features of CB (3 classes) and of RTE (2 classes), float64, 5 folds, 10 values of inverse_l2, two
 threads. scikit-learn runs at its default tolerance, which stops before the minimum (tests/test_lpft.py
 compares the minima). Printed are medians, alternating in this process after a warm-up.
 """

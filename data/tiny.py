@@ -4,7 +4,7 @@ Four domains share a grammar and some words; each has words of its own. Domain 0
 in-distribution, the others are the out-of-distribution tests. Three classes: negative, neutral,
 positive. Seeded, so that the same seed is the same text everywhere.
 
-    python -m data.tiny          prints ten samples of each task and split
+    python -m data.tiny          prints ten samples of each split of two tasks
 
     document          3 or 4 sentences for pre-training, one mood, the domain may change in between
     tiny              3 sentences in the label's mood; 60 labelled texts, 20 of each class: few, so that where

@@ -253,7 +253,7 @@ def holm(ps, level=0.05):
     """Which hypotheses Holm's procedure rejects: the chance that any is wrongly rejected is 5 % at most."""
     rejected = [False] * len(ps)
     for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        if ps[i] > level / (len(ps) - rank):
+        if not ps[i] <= level / (len(ps) - rank):
             break
         rejected[i] = True
     return rejected

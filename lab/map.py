@@ -7,6 +7,7 @@ is a level. Written to --out: map.svg and .png (accuracy), map-mechanism.svg and
 map.json. T is drawn over the languages in which it could be fitted. Runs that are there are not made again.
 """
 
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -124,4 +125,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -8,6 +8,7 @@ these files) and figures/. What is there is read in runs.py, figures are drawn i
 """
 
 import base64
+import os
 import re
 import statistics
 from pathlib import Path
@@ -176,7 +177,8 @@ def as_markdown(out, plan, results, units, **more):
 def as_html(text, out):
     """The Markdown as one file without references: figures are inside as base64, tables fold on a phone."""
     def inside(match):
-        data = base64.b64encode((out / f"{match[1]}.svg").read_bytes()).decode()
+        path = os.path.normpath(out / f"{match[1]}.svg")  # beside `out` by name, even where that is a link
+        data = base64.b64encode(Path(path).read_bytes()).decode()
         return f'src="data:image/svg+xml;base64,{data}"'
 
     body = markdown.markdown(text, extensions=["tables", "toc"])

@@ -7,15 +7,16 @@ A plain list of commands, each of which does nothing if its run is finished: enc
 (lab.pretrain), then learning rates on the validation of two units of their own, then LP, FT, LoRA, LP-FT and
 LP-LoRA on every unit, with the kernel, and FT and LP-FT from scaled heads; at the end the report. `--list`
 prints what is left of the list, one shell command a line, for other machines; `--report` makes the report of
-what is there. Any further flag, such as --max-train 500, goes to train.py.
+what is there. Any further flag, such as --max-train 500, goes to train.py, with the methods that it concerns.
 
 A run that fails is named, and the others go on. Exit status: 0 done, 2 bad input, 1 a run failed, 130
 interrupted; the same command goes on.
 """
 
+import multiprocessing
 import os
 import shlex
-import subprocess
+import signal
 import sys
 import time
 from contextlib import redirect_stdout
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 import train
 from data import tiny
+from lab import pretrain
 from lab.report import write_report
 from lab.runs import METHODS, PLAN, choose_rates, last_error, read_plan, read_results
 from plumbing.files import read_json, write_json
@@ -170,25 +172,41 @@ def run_all(args, commands, title, jobs=None):
                     name = waiting.pop(0)
                     running[name] = start(args, name, commands[name])
                 time.sleep(0.02)
-                for name in [name for name, process in running.items() if process.poll() is not None]:
-                    if status := running.pop(name).returncode:
+                for name in [name for name, process in running.items() if not process.is_alive()]:
+                    if status := running.pop(name).exitcode:
                         log = args.out / "runs" / f"{name}.log"
                         failed[name] = f"{last_error(log) or f'status {status}'} (all it said: {log})"
                         tqdm.write(f"{name} failed: {failed[name]}")
                     bar.update()
         finally:
-            for process in running.values():  # train.py stops; its last whole epoch is saved
+            for process in running.values():
                 process.terminate()
             for process in running.values():
-                process.wait()
+                process.join()
     return failed
 
 
 def start(args, name, flags):
-    """The process of its shell line, in which the shell gives way to Python."""
-    with open(args.out / "runs" / f"{name}.log", "wb") as log:
-        return subprocess.Popen(["sh", "-c", shell_line(args, name, flags)], stdout=log,
-                                stderr=subprocess.STDOUT)
+    """A process that does what its shell line does, but has torch at once: to import it takes longer."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["train", "lab.pretrain", "lab.report", "torch._dynamo"])
+    folder = args.out / "runs" / name
+    if not name.startswith("encoder-"):
+        begun = (folder / "config.json").exists()
+        flags = ["--resume", str(folder)] if begun else [*flags, "--out", str(folder)]
+    process = processes.Process(target=work, args=(name, flags, folder.with_name(f"{name}.log")))
+    process.start()
+    return process
+
+
+def work(name, flags, log):
+    """In the process: the command, whose exit status is the process's, with all that it says in a file."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # train.py stops; its last whole epoch is saved
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit((pretrain if name.startswith("encoder-") else train).main(flags))
 
 
 # ---------------------------------------------------------------------------- the command
@@ -276,4 +294,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -56,7 +56,11 @@ def load_pretrained(name, pooling="auto"):
     not supported and for a tensor that is missing, left over or of the wrong shape.
     """
     directory = find_checkpoint(name, pooling)
-    config = check_config(read_json(directory / "config.json"), directory / "config.json")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint folder holds config.json, "
+                                "tokenizer.json and model.safetensors")
+    config = check_config(read_json(path), path)
     config.pooling = read_pooling(directory) if pooling == "auto" else pooling
     path = directory / "model.safetensors"
     weights = read_safetensors(path)
@@ -259,7 +263,7 @@ def read_safetensors(path):
                 file.readinto(buffer)
                 tensors[name] = (torch.frombuffer(buffer, dtype=dtype) if needed
                                  else torch.empty(0, dtype=dtype)).reshape(shape)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path}: broken safetensors header ({type(error).__name__}: {error})") from None
     return tensors
 

@@ -27,7 +27,8 @@ def to_device(batch, device):
     """The dict of tensors on the device; a GPU copies while the program goes on."""
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in batch.items()}
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    pinned = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in pinned.items()}
 
 
 def all_to_device(batches, model):

@@ -3,7 +3,6 @@
 import argparse
 import errno
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -32,7 +31,6 @@ def exit_status(program, work, go_on=lambda: ""):
     """Call work(). 0, or one line on standard error and 2 for bad input; 1 for a full disk or memory, for a
     solver that did not converge, an open assignment and Failed; 130 for an interruption, with go_on() behind.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     try:
         work()
         return 0
@@ -177,7 +175,7 @@ def language_of(model):
 def configuration(args):
     """The flags, defaults filled in, as values that JSON has."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-            if value is not None and name not in ("resume", "threads", "why_device")}
+            if value is not None and name not in ("resume", "threads", "about_device")}
 
 
 def identity(args):
@@ -221,7 +219,7 @@ def print_configuration(args, task, encoder):
     print("configuration")
     for name, value in configuration(args).items():
         if value is not False:  # a flag like --lora is there or not
-            shown = "" if value is True else f"{value}   ({args.why_device})" if name == "device" else value
+            shown = "" if value is True else f"{value}   ({args.about_device})" if name == "device" else value
             print(f"  --{name.replace('_', '-'):16s}{shown}".rstrip())
     sizes = ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
     print(f"  samples           {sizes}\n  classes           {', '.join(task.labels)}")

@@ -100,7 +100,7 @@ def run_in_folder(args, run):
 
     If it ends well, its state goes; if it fails before anything is saved, so do the folders it made.
     """
-    device, args.why_device = devices.choose_device(args.device)
+    device, args.about_device = devices.choose_device(args.device)
     args.device = device.type
     lock, made = claim_folders(args)  # before minutes of work, so that an unusable --out costs none
     state = RunState(args.out / "state")
@@ -194,6 +194,6 @@ def release_folders(args, lock, made):
         (args.export / UNFINISHED).unlink(missing_ok=True)
     lock.release()
     (args.out / LOCK).unlink(missing_ok=True)
-    for folder in made:
+    for folder in sorted(made, key=lambda folder: len(folder.resolve().parts), reverse=True):
         if not any(folder.iterdir()):
             folder.rmdir()

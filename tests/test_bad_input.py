@@ -172,11 +172,11 @@ class Code:
 
 
 def gap_in_the_ids(folder):
-    """As many tokens as the encoder has rows, but one of them beyond the last row."""
+    """As many tokens as the encoder has rows, but the last just beyond the last row."""
     text = (folder / "tokenizer.json").read_text()
     vocabulary = json.loads(text)["model"]["vocab"]
-    word = max(vocabulary, key=vocabulary.get)
-    (folder / "tokenizer.json").write_text(re.sub(rf'("{re.escape(word)}": ){vocabulary[word]}\b', r"\g<1>9999", text))
+    word, last = max(vocabulary.items(), key=lambda item: item[1])
+    (folder / "tokenizer.json").write_text(re.sub(rf'("{re.escape(word)}": ){last}\b', rf"\g<1>{last + 1}", text))
 
 
 def bin_with_code(folder):
@@ -201,7 +201,7 @@ CHECKPOINTS = [
     (remove("tokenizer.json"), "tokenizer.json: no such file"),
     (write("tokenizer.json", b"{}"), "tokenizer.json: not a tokenizers file"),
     (cut("tokenizer.json", 1000), "tokenizer.json: not a tokenizers file"),
-    (gap_in_the_ids, "tokenizer.json: the largest token id is 9999, but config.json has vocab_size"),
+    (gap_in_the_ids, "tokenizer.json: the largest token id is 282, but config.json has vocab_size 282"),
     (remove("model.safetensors"), "model.safetensors: no such file"),
     (cut("model.safetensors", 5), "model.safetensors: not a whole safetensors file"),
     (cut("model.safetensors", 100), "model.safetensors: not a whole safetensors file"),

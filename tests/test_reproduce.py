@@ -1,5 +1,6 @@
 """Many runs: nothing is repeated or lost, and every number of the report is one of the runs'."""
 
+import base64
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,15 @@ def test_the_report_stands_alone(folder, written):
     for name in ("head-norm", "head-scale", "spectra", "trace-norms", "reliability"):
         assert (folder / "figures" / f"{name}.svg").stat().st_size > 5000
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_map_beside_the_folder_is_in_the_report(folder, tmp_path):
+    """In report.md as a link to it, in report.html as itself; also where the folder is a link to another place."""
+    (tmp_path / "map").mkdir()
+    (tmp_path / "map" / "map.svg").write_text("<svg>the map</svg>")
+    (tmp_path / "linked").symlink_to(folder, target_is_directory=True)
+    page = report.as_html("![map](../map/map.png)", tmp_path / "linked")
+    assert base64.b64encode(b"<svg>the map</svg>").decode() in page and "../map" not in page
 
 
 def test_tables_use_the_units_that_every_method_has(folder):
@@ -408,8 +419,13 @@ def test_an_interruption_ends_the_run_that_is_going_and_begins_no_other(tmp_path
     code = "import os, signal, sys, time\n" \
            "signal.signal(signal.SIGTERM, lambda *some: (time.sleep(0.3), open('ended', 'w'), os._exit(130)))\n" \
            "open(sys.argv[1], 'w')\nfor _ in range(500):\n    time.sleep(0.02)"
-    monkeypatch.setattr(reproduce, "shell_line", lambda args, name, flags: shlex.join(
-        ["cd", str(tmp_path)]) + f" && exec {shlex.join([sys.executable, '-c', code, name])}")
+
+    class Process(subprocess.Popen):
+        is_alive, join = (lambda self: self.poll() is None), subprocess.Popen.wait
+        exitcode = property(subprocess.Popen.poll)
+
+    monkeypatch.setattr(reproduce, "start", lambda args, name, flags: Process(
+        [sys.executable, "-c", code, name], cwd=tmp_path))
 
     def ctrl_c(seconds):
         if (tmp_path / "one").exists():
@@ -431,6 +447,10 @@ def make_encoder(folder):
     (Path(folder) / "config.json").write_text('{"language": 1}')
 
 
+def ended(status):
+    return SimpleNamespace(is_alive=lambda: False, exitcode=status, terminate=lambda: None, join=lambda: None)
+
+
 @pytest.fixture
 def made_up_runs(monkeypatch):
     """start writes made-up results instead of training; ({name: flags} of what it was asked for, names that fail)."""
@@ -440,10 +460,10 @@ def made_up_runs(monkeypatch):
         asked[name] = flags
         if name in failing:
             (args.out / "runs" / f"{name}.log").write_text("train.py: error: the loss became infinite\n")
-            return subprocess.Popen(["false"])
+            return ended(1)
         if name.startswith("encoder-"):
             make_encoder(flags[-1])
-            return subprocess.Popen(["true"])
+            return ended(0)
         parsed, result = train.parse_args(flags), results.get(name, {})
         if name.startswith("tune"):  # the larger the rate the better
             result = {"metric": "accuracy", "accuracy": {}, "val_accuracy": parsed.lr}
@@ -452,7 +472,7 @@ def made_up_runs(monkeypatch):
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(result))
         (folder / "config.json").write_text(json.dumps(configuration(parsed)))
-        return subprocess.Popen(["true"])
+        return ended(0)
 
     monkeypatch.setattr(reproduce, "start", start)
     monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: None)

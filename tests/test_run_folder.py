@@ -361,13 +361,17 @@ def test_a_state_of_another_number_of_threads_is_refused(unfinished, tmp_path, c
         torch.set_num_threads(before)
 
 
-def test_a_state_of_other_labels_is_refused(random_folder, tmp_path):
-    """The fingerprint is of texts, labels and weights."""
+def test_a_state_of_other_texts_labels_or_weights_is_refused(random_folder, tmp_path):
     encoder, tokenizer = load_pretrained(random_folder)
     task = load_task("tiny", tokenizer, max_train=60)
-    before = run_folder.fingerprint(task, encoder)
+    found = {run_folder.fingerprint(task, encoder)}
     task.splits["train"].labels[0] = 2 - task.splits["train"].labels[0]
-    assert run_folder.fingerprint(task, encoder) != before
+    found.add(run_folder.fingerprint(task, encoder))
+    task.splits["val"].ids[3] += 1
+    found.add(run_folder.fingerprint(task, encoder))
+    encoder.layers[-1].ffn_norm.bias.data[0] += 1e-3
+    found.add(run_folder.fingerprint(task, encoder))
+    assert len(found) == 4
 
 
 def test_a_failure_after_the_weights_are_written_leaves_a_run_to_go_on_with(random_folder, tmp_path, monkeypatch, capsys):
