@@ -11,6 +11,7 @@ import base64
 import os
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
 import jinja2
@@ -168,8 +169,7 @@ def as_markdown(out, plan, results, units, **more):
         "used": {name: read_json(out / "runs" / f"{name}-{units[0]}" / "config.json") for name in METHODS},
         "missing": {name: last_error(out / "runs" / f"{name}.log") or "not finished"
                     for name in plan["runs"] if name not in results},
-        "unfit": {run: result["temperature_reason"] for run, result in results.items()
-                  if result.get("temperature_reason")}})
+        "unfit": Counter(filter(None, (result.get("temperature_reason") for result in results.values())))})
     titles = re.findall("^## (.*)$", text, re.MULTILINE)
     return text.replace("CONTENTS", " · ".join(f"[{title}](#{slugify(title, '-')})" for title in titles), 1)
 
