@@ -53,9 +53,8 @@ def parse_args(argv=None):
         "learning rates that tuning tries; a single one is taken without tuning (default: 1/3 1 3)")
     add("--scales", type=float, nargs="+", default=(0.1, 0.5, 2, 5, 10, 50, 100), metavar="S", help="factors "
         "on FT's and LP-FT's first head, for claim 6; 1 leaves it out (default: 0.1 0.5 2 5 10 50 100)")
-    jobs = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 2)
-    add("--jobs", type=int, default=jobs, metavar="N", help="processes side by side (default: half the "
-        "processors; 1 with a GPU)")
+    add("--jobs", type=int, metavar="N", help="processes side by side (default: as many as processors on an "
+        "embedded task, else half; 1 with a GPU)")
     add("--out", type=Path, help="folder of everything (default: reproduction/DATA-MODEL)")
     add("--list", action="store_true", help="print the commands that are left, and run none")
     add("--report", action="store_true", help="make the report of what is there, and run nothing")
@@ -73,6 +72,8 @@ def parse_args(argv=None):
     if embedded and args.model != "tiny":
         parser.error("--model has no effect: every language of an embedded task has an encoder of its own")
     args.units = [*range(usual if count is None else count)]
+    if args.jobs is None:  # a tiny encoder takes little memory
+        args.jobs = 1 if torch.cuda.is_available() else (os.cpu_count() or 1) // (1 if embedded else 2) or 1
     for flag, value, least, most in ((f"--{args.unit}s", len(args.units), 2, 100),
                                      ("--jobs", args.jobs, 1, 1000), ("--ntk", args.ntk, 0, 250)):
         if not least <= value <= most:
