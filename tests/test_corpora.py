@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 
 import conftest
 import train
-from conftest import real_data
+from conftest import real_data, sample
 from data import load_task, read_task, readers, tiny
 from data.corpora import CORPORA, corpus_sources
 from plumbing.checkpoint import load_pretrained
@@ -117,7 +117,7 @@ def test_the_folder_may_be_the_publishers_own(superglue, minilm):
     """--data-dir is the folder of all corpora or of one publisher's; token ids are those of the text."""
     _, tokenizer = load_pretrained(minilm)
     above, inside = (load_task("cb", tokenizer, data_dir=folder) for folder in (superglue.parent, superglue))
-    assert above.splits["test"][3] == inside.splits["test"][3]
+    assert sample(above.splits["test"], 3) == sample(inside.splits["test"], 3)
     assert {name: len(split) for name, split in above.splits.items()} == {"train": 225, "val": 25, "test": 56}
 
 
