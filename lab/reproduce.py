@@ -18,8 +18,10 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from contextlib import redirect_stdout
+from multiprocessing import forkserver
 from pathlib import Path
 
 import plumbing  # noqa: F401  before torch
@@ -171,6 +173,9 @@ def run_all(args, commands, title, jobs=None):
             while waiting or running:
                 while waiting and len(running) < (jobs or args.jobs):
                     name = waiting.pop(0)
+                    if leaves(args, name, commands[name]).exists():  # another process has made it meanwhile
+                        bar.update()
+                        continue
                     running[name] = start(args, name, commands[name])
                 time.sleep(0.02)
                 for name in [name for name, process in running.items() if not process.is_alive()]:
@@ -190,24 +195,36 @@ def run_all(args, commands, title, jobs=None):
 def start(args, name, flags):
     """A process that does what its shell line does, but has torch at once: to import it takes longer."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["train", "lab.pretrain", "lab.report", "torch._dynamo"])
-    folder = args.out / "runs" / name
+    folder, log = args.out / "runs" / name, args.out / "runs" / f"{name}.log"
+    log.write_bytes(b"")
     if not name.startswith("encoder-"):
         begun = (folder / "config.json").exists()
         flags = ["--resume", str(folder)] if begun else [*flags, "--out", str(folder)]
-    process = processes.Process(target=work, args=(name, flags, folder.with_name(f"{name}.log")))
+    processes = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "forkserver")
+    processes.set_forkserver_preload(["train", "lab.pretrain", "lab.report", "torch._dynamo"])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the server too, while it imports torch
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, before)
+    process = processes.Process(target=work, args=(name, flags, log))
     process.start()
     return process
 
 
 def work(name, flags, log):
     """In the process: the command, whose exit status is the process's, with all that it says in a file."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # train.py stops; its last whole epoch is saved
+    for sign in (signal.SIGINT, signal.SIGTERM):  # train.py stops; its last whole epoch is saved
+        signal.signal(sign, signal.default_int_handler)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.exit((pretrain if name.startswith("encoder-") else train).main(flags))
+
+
+def end_with_parent():
+    """However that ends, also where it is stopped before it knows of this process."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # ---------------------------------------------------------------------------- the command

@@ -233,7 +233,7 @@ def test_without_the_packages_of_the_lab_one_line_says_how_to_get_them(tmp_path)
 
 
 def test_a_killed_reproduction_goes_on_and_repeats_nothing(random_folder, tmp_path):
-    """SIGKILL in the second run: the first stays as it is, the second goes on."""
+    """SIGKILL in the second run: it ends with its parent; the first stays as it is, the second goes on."""
     words = ["--model", str(random_folder), "--data", str(write_data(tmp_path / "data")), "--seeds", "2", "--jobs", "1",
              "--out", str(tmp_path / "out")]
     args = reproduce.parse_args(words)
@@ -249,8 +249,15 @@ def test_a_killed_reproduction_goes_on_and_repeats_nothing(random_folder, tmp_pa
     while not (second / "config.json").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
+    while True:  # until the run of the parent that was killed has let its folder go
+        try:
+            lock_folder(second).release()
+            break
+        except ValueError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
     assert (first / "result.json").is_file() and not (second / "result.json").exists()
     before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
     assert reproduce.run_all(args, planned, "runs") == {}
@@ -406,6 +413,22 @@ def test_a_run_that_outlived_its_parent_is_refused_and_nothing_begun(tmp_path):
     lock.release()
 
 
+def test_what_another_process_has_made_meanwhile_is_not_made_again(tmp_path, monkeypatch):
+    """Two commands that share encoders: the second encoder appears while the first is made."""
+    (tmp_path / "runs").mkdir()
+    started, args = [], reproduce.parse_args(["--jobs", "1", "--out", str(tmp_path)])
+
+    def start(args, name, flags):
+        started.append(name)
+        for unit in ("1", "2"):
+            make_encoder(tmp_path / unit)
+        return ended(0)
+
+    monkeypatch.setattr(reproduce, "start", start)
+    commands = {f"encoder-{unit}": ["--seed", unit, "--out", str(tmp_path / unit)] for unit in ("1", "2")}
+    assert reproduce.run_all(args, commands, "encoders") == {} and started == ["encoder-1"]
+
+
 def test_the_last_error_of_a_log(tmp_path):
     log = tmp_path / "log"
     assert runs.last_error(log) is None
@@ -445,6 +468,12 @@ def make_encoder(folder):
     """What lab.pretrain leaves, as far as lab.reproduce looks at it: the language is written last."""
     Path(folder).mkdir(parents=True)
     (Path(folder) / "config.json").write_text('{"language": 1}')
+
+
+@pytest.fixture(autouse=True)
+def threads(monkeypatch):
+    """start sets this for its processes; other tests are to have what they had."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def ended(status):
