@@ -68,7 +68,7 @@ class RunState:
         self.saved = saved
 
     def seconds(self):
-        """Since the run began, over all processes that worked on it; what was done twice counts once."""
+        """Since the run began: up to the last saved epoch, and since this process started."""
         return time.monotonic() - self.opened + self.saved.get("seconds", 0.0)
 
     def restore(self, model, optimizer, schedule):

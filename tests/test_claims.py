@@ -166,6 +166,17 @@ def test_the_score_of_cola_is_drawn_again_as_matthews_correlation():
     assert part.predictions(logits, {"test": labels}, "matthews") == pytest.approx(1.0)
 
 
+def test_the_chance_of_shared_texts_is_added_to_that_of_units():
+    """Values of variance 0.01 on 3 units and 0.02 by texts: by hand, with Welch and Satterthwaite's freedom."""
+    mean, lower, upper, p = claims.paired_t([0.1, 0.2, 0.3], 0.0, 0.02)
+    of_units, of_texts = 0.01 / 3, 0.02
+    freedom = (of_units + of_texts)**2 / (of_units**2 / 2 + of_texts**2 / (claims.DRAWS - 1))
+    error = (of_units + of_texts)**0.5
+    half = stats.t.ppf(0.975, freedom) * error
+    assert (mean, lower, upper) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
+    assert p == pytest.approx(2 * stats.t.sf(0.2 / error, freedom))
+
+
 def test_equal_numbers_are_a_tie_and_no_verdict():
     results = made_up()
     for unit in PLAN["units"]:
