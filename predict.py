@@ -25,7 +25,7 @@ from data.readers import decode_lines
 from lpft import predict
 from plumbing.devices import choose_device, memory_advice
 from plumbing.export import load_classifier
-from plumbing.flags import Parser, exit_status
+from plumbing.flags import Parser, exit_status, run_main
 
 CHUNK = 10_000  # lines; sorted by length within, so that batches hold little padding
 
@@ -127,4 +127,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

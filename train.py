@@ -10,9 +10,6 @@ lpft.py, the kernel in ntk.py, batches in data/; files, flags and devices are in
 Exit status: 0 done, 2 bad input or infinite loss, 1 full disk or memory or a solver that failed, 130 stopped.
 """
 
-import signal
-import sys
-
 import plumbing  # noqa: F401  before torch
 import torch
 
@@ -255,5 +252,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
-    sys.exit(main())
+    flags.run_main(main)

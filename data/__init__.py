@@ -101,18 +101,18 @@ def evaluation_batches(lengths, batch_size):
 # ---------------------------------------------------------------------------- tasks
 
 
-def read_task(name_or_directory, data_dir=None, language=0):
+def read_task(name_or_directory, data_dir=None, language=None):
     """Read a task's texts; ValueError or FileNotFoundError for the first bad row.
 
-    `language`: of the embedded tasks. A task without val gives the last tenth of its training rows to
-    validation, unshuffled.
+    `language`: of the embedded tasks (default: that of the shipped encoder). A task without val gives the
+    last tenth of its training rows to validation, unshuffled.
     """
     from data import tiny  # here, so that `python -m data.tiny` does not import it twice
 
     labels, metric = None, "accuracy"
     if name_or_directory in tiny.TASKS:
         labels = {name: name for name in tiny.LABELS}
-        texts = tiny.load(name_or_directory, language)
+        texts = tiny.load(name_or_directory, tiny.LANGUAGE if language is None else language)
         sources = {split: lambda samples=samples: [("", text, None, tiny.LABELS[i]) for text, i in samples]
                    for split, samples in texts.items()}
     elif name_or_directory in corpora.CORPORA:
@@ -172,7 +172,7 @@ def last_tenth(rows, where, names):
 
 
 def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0,
-              max_test=None, language=0):
+              max_test=None, language=None):
     """A Task by name (one of tiny.TASKS, or of corpora.CORPORA below data_dir), or of a folder.
 
     max_train keeps that many training samples, drawn with `seed`, in their original order; max_test as many

@@ -11,7 +11,6 @@ no file behind, and files that are there stay.
 import hashlib
 import http.client
 import socket
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from data import check_rows
 from data.corpora import CORPORA
-from plumbing.flags import Parser, exit_status
+from plumbing.flags import Parser, exit_status, run_main
 
 SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"
@@ -133,4 +132,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

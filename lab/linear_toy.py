@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lab.figures import COLOURS, STYLE
-from plumbing.flags import Parser, exit_status
+from plumbing.flags import Parser, exit_status, run_main
 
 D, H, K, N = 20, 5, 8, 40  # input width, feature width, dimension of S, training inputs
 
@@ -97,4 +97,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

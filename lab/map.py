@@ -7,9 +7,7 @@ is a level. Written to --out: map.svg and .png (accuracy), map-mechanism.svg and
 map.json. T is drawn over the languages in which it could be fitted. Runs that are there are not made again.
 """
 
-import signal
 import statistics
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,7 +18,7 @@ from lab.claims import paired_t
 from lab.figures import COLOURS, save
 from lab.runs import METHODS, read_results
 from plumbing.files import write_lines
-from plumbing.flags import Failed, Parser, exit_status
+from plumbing.flags import Failed, Parser, exit_status, run_main
 
 RATES = {False: (1e-4, 3e-4, 1e-3, 3e-3), True: (5e-4, 2e-3, 5e-3, 1e-2)}  # {LoRA: grid}
 TASKS = {"tiny-30": "30 labels", "tiny": "60 labels", "tiny-120": "120 labels"}
@@ -125,5 +123,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    run_main(main)

@@ -34,7 +34,7 @@ from lab import pretrain
 from lab.report import write_report
 from lab.runs import METHODS, PLAN, choose_rates, last_error, read_plan, read_results
 from plumbing.files import read_json, write_json
-from plumbing.flags import Failed, Parser, configuration, exit_status
+from plumbing.flags import Failed, Parser, configuration, exit_status, run_main
 from plumbing.run_folder import lock_folder
 
 TUNING_UNITS = (101, 102)
@@ -91,9 +91,9 @@ def parse_args(argv=None):
 
 
 def encoder_of(args, unit):
-    """The encoder of a unit; of languages above 0 they lie beside --out, for several folders to share."""
+    """The encoder of a unit; of languages that are not shipped it lies beside --out, for folders to share."""
     folder = args.out.parent / "encoders" / str(unit)
-    return folder if args.unit == "language" and unit else args.model
+    return folder if args.unit == "language" and unit != tiny.LANGUAGE else args.model
 
 
 def common_flags(args, name, unit):
@@ -110,7 +110,7 @@ def common_flags(args, name, unit):
 
 def rates_of(args, name):
     """The learning rates that tuning tries for a method."""
-    flags = common_flags(args, name, 0)
+    flags = common_flags(args, name, tiny.LANGUAGE)  # its encoder is there
     return [f"{train.parse_args(flags).lr * factor:.1e}" for factor in args.rates]
 
 
@@ -138,7 +138,7 @@ def encoders(args):
     """{name: flags of lab.pretrain} of the languages that have no encoder yet."""
     units = (*TUNING_UNITS[:2 * (len(args.rates) > 1)], *args.units) if args.unit == "language" else ()
     return {f"encoder-{unit}": ["--seed", str(unit), "--out", str(encoder_of(args, unit))]
-            for unit in units if unit}
+            for unit in units if unit != tiny.LANGUAGE}
 
 
 def leaves(args, name, flags):
@@ -246,7 +246,7 @@ def check_data(args):
     seeds = (*args.units, *TUNING_UNITS[:2 * (len(args.rates) > 1)])  # each draws its own
     for name in METHODS:
         train.parse_args(common_flags(args, name, args.units[0]))
-    for unit in seeds if args.unit == "seed" else args.units[:1]:
+    for unit in seeds if args.unit == "seed" else (tiny.LANGUAGE,):  # whose encoder is there
         words = common_flags(args, "LP-LoRA", unit) + ["--ntk", str(args.ntk)] * (args.ntk > 0)
         task, *_ = train.load(train.parse_args(words))
     if "test" not in task.splits:
@@ -312,5 +312,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    run_main(main)

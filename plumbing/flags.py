@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def exit_status(program, work, go_on=lambda: ""):
         broken = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EPIPE  # disk, pipe
         bad_input = isinstance(error, (ValueError, OSError)) and getattr(error, "errno", None) not in broken
         return 2 if bad_input else 1
+
+
+def run_main(main):
+    """A command's process: it ends with main's exit status, and SIGTERM, as clusters send it, is Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
 
 
 # ---------------------------------------------------------------------------- train.py's flags
@@ -84,7 +91,7 @@ def add_common_flags(parser):
         "last hidden state, as in the paper, or the mean over tokens; auto: what the checkpoint's "
         "1_Pooling/config.json says, if there is one, else first (default: auto)")
     add("--language", type=int, metavar="N", help="of an embedded task; --model has to be an encoder made "
-        "for it by python -m lab.pretrain --seed N (default: 0, whose encoder is --model tiny)")
+        f"for it by python -m lab.pretrain --seed N (default: {tiny.LANGUAGE}, that of --model tiny)")
     add("--max-length", type=int, default=128, metavar="L", help="cut texts to L tokens (default: 128)")
     add("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
     add("--max-test", type=int, metavar="N", help="keep N samples of test and of each OOD split, for every "
@@ -149,7 +156,7 @@ def fill_defaults(args):
     if args.lora:
         args.lora_r, args.lora_alpha = args.lora_r or 8, args.lora_alpha or 8.0
     if args.data in tiny.TASKS:
-        args.language = args.language or 0
+        args.language = tiny.LANGUAGE if args.language is None else args.language
     if args.data in CORPORA:
         args.data_dir = args.data_dir or Path("datasets")
     if args.method != "ft" and args.lp_inverse_l2 is None:

@@ -321,6 +321,19 @@ def test_predictions_into_a_closed_pipe_end_quietly(run, tmp_path):
     assert "Traceback" not in done.stderr and "error" not in done.stderr
 
 
+def test_sigterm_stops_predict_py_as_ctrl_c_does(run):
+    """It waits for lines that never come; the progress bar says that it has begun to wait."""
+    process = subprocess.Popen([sys.executable, "predict.py", str(run[0])], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+                               cwd=Path(predict.__file__).parent)
+    said = b""
+    while b"predicting" not in said:
+        said += (more := process.stderr.read(1))
+        assert more, said
+    process.terminate()
+    assert process.communicate(timeout=60)[1].decode().splitlines()[-1] == "predict.py: interrupted"
+    assert process.returncode == 130
+
+
 def test_a_refused_command_leaves_every_file_that_was_there(random_folder, tmp_path, capsys):
     """Not even a config.json that looks like its own; and of two runs, one gets an empty folder."""
     (tmp_path / "config.json").write_text("precious")

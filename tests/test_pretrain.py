@@ -1,14 +1,19 @@
 """Pre-training of the tiny encoder, its gate and the weights that are shipped; the whole of it is a slow test."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from lab import pretrain
+from lab.runs import METHODS
 from data import encode, tiny
 from plumbing.checkpoint import load_pretrained
 
+ROOT = Path(__file__).resolve().parents[1]
 FEW = pretrain.Settings(documents=200, steps=10, gate=0.0)
 
 
@@ -67,6 +72,15 @@ def test_the_same_seed_pre_trains_the_same_encoder_whatever_the_number_of_thread
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0].parameters(), other.parameters()))
+
+
+def test_the_shipped_language_is_the_nearest_of_fifty_to_their_mean():
+    """By accuracy out of distribution, of all five methods together, in the committed tables."""
+    tables = json.loads((ROOT / "lab/results/tiny/tables.json").read_text())["tables"]["Accuracy (Tables 8, 10, 16)"]
+    of_methods = [np.mean([tables[domain][method]["values"] for domain in tiny.DOMAINS[1:]], 0) for method in METHODS]
+    distance = sum((accuracy - accuracy.mean())**2 for accuracy in of_methods)  # (languages,)
+    assert len(distance) == 50 and distance.argmin() == tiny.LANGUAGE
+    assert json.loads((tiny.ENCODER / "config.json").read_text())["language"] == tiny.LANGUAGE
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import train
-from data import draw
+from data import draw, tiny
 from lab import figures, map as lab_map, report, reproduce, runs
 from plumbing.flags import configuration
 from plumbing.run_folder import lock_folder
@@ -210,12 +210,12 @@ def test_a_further_flag_goes_to_the_methods_that_it_means_something_to():
 
 
 def test_every_language_has_an_encoder_of_its_own(tmp_path):
-    """Language 0's is shipped; the others are made once, beside the folder of the runs, and read from there."""
+    """One is shipped; the others are made once, beside the folder of the runs, and read from there."""
     args = reproduce.parse_args(["--languages", "3", "--out", str(tmp_path / "tiny")])
     made = reproduce.encoders(args)
-    assert [*made] == ["encoder-101", "encoder-102", "encoder-1", "encoder-2"]
+    assert [*made] == ["encoder-101", "encoder-102", "encoder-0", "encoder-1", "encoder-2"]
     assert made["encoder-2"] == ["--seed", "2", "--out", str(tmp_path / "encoders" / "2")]
-    for unit, model in ((0, "tiny"), (2, str(tmp_path / "encoders" / "2"))):
+    for unit, model in ((tiny.LANGUAGE, "tiny"), (2, str(tmp_path / "encoders" / "2"))):
         flags = train.parse_args(reproduce.common_flags(args, "LP-FT", unit))
         assert (flags.language, flags.seed, flags.model) == (unit, unit, model)
     assert not reproduce.leaves(args, "encoder-2", made["encoder-2"]).exists()
@@ -520,7 +520,7 @@ def test_the_whole_command(made_up_runs, tmp_path, capsys, monkeypatch):
     out = tmp_path / "my folder"
     command = ["--languages", "3", "--epochs", "4", "--max-length", "32", "--scales", "0.1", "10", "--out", str(out)]
     assert reproduce.main(command) == 0
-    assert len(asked) == 4 + 4 * 3 * 2 + 5 * 3 + 2 * 2 * 3
+    assert len(asked) == 5 + 4 * 3 * 2 + 5 * 3 + 2 * 2 * 3
     ft, default = train.parse_args(asked["FT-2"]), train.parse_args(["--method", "ft"]).lr
     assert ft.lr == pytest.approx(3 * default) and (ft.epochs, ft.max_length, ft.ntk) == (4, 32, 100)
     assert train.parse_args(asked["LP-FT-scale0.1-2"]).lr == pytest.approx(3 * train.parse_args([]).lr)
@@ -548,8 +548,8 @@ def test_the_list_is_shell_lines_one_stage_after_the_other(made_up_runs, tmp_pat
         return capsys.readouterr().out.splitlines()
 
     lines = listed()
-    assert len(lines) == 3 and "-m lab.pretrain --seed 101" in lines[0]
-    for unit in (101, 102, 1):
+    assert len(lines) == 4 and "-m lab.pretrain --seed 101" in lines[0]
+    for unit in (101, 102, 0, 1):
         make_encoder(tmp_path / "encoders" / str(unit))
     assert len(listed()) == 24 and "--max-test 0" in listed()[-1]
     assert reproduce.main(command) == 0

@@ -357,7 +357,7 @@ def test_an_encoder_of_another_language_is_refused(tmp_path, capsys):
     """Its words are liked and disliked otherwise: every number would be about nothing."""
     folder = tmp_path / "encoder"
     shutil.copytree(tiny.ENCODER, folder)
-    for model, language, made_for in (("tiny", 3, 0), (str(folder), 0, 5)):
+    for model, language, made_for in (("tiny", 3, tiny.LANGUAGE), (str(folder), 0, 5)):
         config = json.loads((tiny.ENCODER / "config.json").read_text()) | {"language": 5}
         (folder / "config.json").write_text(json.dumps(config))
         assert train.main(["--model", model, "--language", str(language), "--out", str(tmp_path / "run")]) == 2
