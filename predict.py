@@ -73,7 +73,7 @@ def write_predictions(out, labels, probabilities, form):
 
 def run(args):
     model, tokenizer, settings = load_classifier(args.run_dir)
-    model.to(choose_device(args.device)[0])
+    model.to(choose_device(args.device))
     if settings["data"] in ("wic", "wsc", "pubmed20k"):
         tqdm.write(f"trained on {settings['data']}: give texts as data/corpora.py builds them", sys.stderr)
     if settings["temperature_reason"]:

@@ -53,10 +53,11 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------- one run
 
 
-def run(args, state):
+@devices.memory_advice("--max-length, --batch-size or --max-train")
+def run(args):
     """One run, in the order of the paper; returns the dict that result.json holds."""
     task, encoder, tokenizer = load(args)
-    state.load(flags.identity(args) | {"data and encoder": run_folder.fingerprint(task, encoder)})
+    state = run_folder.open_run(args, task, encoder)  # --out is from here on this run's alone
     flags.print_configuration(args, task, encoder)
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(task.labels)).to(args.device)
@@ -91,6 +92,7 @@ def run(args, state):
 
 def load(args):
     """(Task, Encoder, Tokenizer); ValueError for data, encoder and flags that do not fit each other."""
+    args.device = devices.choose_device(args.device).type
     rows = read_task(args.data, args.data_dir, args.language)  # bad data end before a long download
     encoder, tokenizer = checkpoint.load_pretrained(args.model, args.pooling)
     task = load_task(rows, tokenizer, args.max_length, None, args.max_train, args.seed, args.max_test)
@@ -247,8 +249,10 @@ def print_table(args, result):
 
 def main(argv=None):
     args = parse_args(argv)
-    return flags.exit_status("train.py", lambda: run_folder.run_in_folder(args, run),
-                             lambda: run_folder.how_to_go_on(args.out))
+    if args.resume and (args.resume / "result.json").is_file():
+        print(f"finished already: {args.resume}")
+        return 0
+    return flags.exit_status("train.py", lambda: run(args), lambda: run_folder.how_to_go_on(args.out))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,21 @@ def device_of(model):
 
 
 def choose_device(name):
-    """(torch.device, what to say of it); ValueError if it is not there."""
+    """The torch.device; ValueError if it is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [kind for kind, there in available.items() if there]
     if name not in ("auto", *available):
         raise ValueError(f"--device {name}: this PyTorch ({torch.__version__}) finds no such device; "
                          f"available: {', '.join(available)}")
-    name = available[0] if name == "auto" else name
-    card = f"{torch.cuda.get_device_name()}, " if name == "cuda" else ""
-    with mixed_precision(torch.device(name)):
-        precision = "bfloat16 autocast" if torch.is_autocast_enabled(name) else "float32"
-    return torch.device(name), f"{card}{precision} in the FT stage"
+    return torch.device(available[0] if name == "auto" else name)
+
+
+def describe(device):
+    """What train.py prints of it."""
+    card = f"{torch.cuda.get_device_name()}, " if device.type == "cuda" else ""
+    with mixed_precision(device):
+        precision = "bfloat16 autocast" if torch.is_autocast_enabled(device.type) else "float32"
+    return f"{card}{precision} in the FT stage"
 
 
 def to_device(batch, device):

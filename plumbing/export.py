@@ -49,6 +49,7 @@ def save_run(args, model, tokenizer, task, result):
     if args.export:
         base = tiny.ENCODER if args.model == "tiny" else args.model
         export_classifier(args.export, model, tokenizer, task, temperature, args.max_length, base)
+    (args.out / "state").unlink(missing_ok=True)
     write_json(args.out / "result.json", result)  # last: a folder that has it is finished
 
 

@@ -7,8 +7,11 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 from data import count_unknown, draw_ntk_samples, tiny
 from data.corpora import CORPORA, RECIPES
+from plumbing.devices import describe
 from plumbing.files import read_json
 
 STAGES = ("ft", False), ("ft", True), ("lpft", False), ("lpft", True)  # (method, LoRA), columns of RECIPES
@@ -182,7 +185,7 @@ def language_of(model):
 def configuration(args):
     """The flags, defaults filled in, as values that JSON has."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-            if value is not None and name not in ("resume", "threads", "about_device")}
+            if value is not None and name not in ("resume", "threads")}
 
 
 def identity(args):
@@ -226,8 +229,8 @@ def print_configuration(args, task, encoder):
     print("configuration")
     for name, value in configuration(args).items():
         if value is not False:  # a flag like --lora is there or not
-            shown = "" if value is True else f"{value}   ({args.about_device})" if name == "device" else value
-            print(f"  --{name.replace('_', '-'):16s}{shown}".rstrip())
+            about = f"   ({describe(torch.device(value))})" if name == "device" else ""
+            print(f"  --{name.replace('_', '-'):16s}{value if value is not True else ''}{about}".rstrip())
     sizes = ", ".join(f"{name} {len(split)}" for name, split in task.splits.items())
     print(f"  samples           {sizes}\n  classes           {', '.join(task.labels)}")
     phi = "the first token" if encoder.config.pooling == "first" else "the mean over tokens"

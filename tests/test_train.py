@@ -80,7 +80,8 @@ def test_bfloat16_is_for_cards_that_have_it_and_is_announced(device, of_its_own,
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True:
                         of_its_own or including_emulation)
-    chosen, why = devices.choose_device(device)
+    chosen = devices.choose_device(device)
+    why = devices.describe(chosen)
     assert chosen.type == device and why.endswith(f"{precision} in the FT stage")
     assert ("a card" in why) == (device == "cuda")
     with devices.mixed_precision(chosen):
