@@ -126,7 +126,7 @@ def how_to_go_on(out):
 
 
 def claim_folders(args):
-    """Create --out, by default runs/DATA-MODEL-METHOD-seedS-NUMBER, and --export; returns the lock of --out."""
+    """Create --out (default: runs/DATA-MODEL-METHOD-seedS and a number) and --export; the lock of --out."""
     if args.out is None:
         name = "-".join([Path(args.data).name, Path(args.model).name, args.method]
                         + ["lora"] * args.lora + [f"seed{args.seed}"])
@@ -145,7 +145,7 @@ def claim_folders(args):
 
 
 def refuse_taken(args):
-    """ValueError for folders with something in them, but for what a run leaves in --out that saved nothing."""
+    """ValueError for a folder that holds something; what a run that saved nothing left in --out is nothing."""
     for flag, folder in ("--export", args.export), ("--out", args.out):
         if folder is None or flag == "--out" and args.resume:
             continue
