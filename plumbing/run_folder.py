@@ -145,7 +145,7 @@ def claim_folders(args):
 
 
 def refuse_taken(args):
-    """ValueError for a folder that holds something, other than what a run that saved nothing left in --out."""
+    """ValueError for a folder that holds something, but for what a run that saved nothing left in --out."""
     for flag, folder in ("--export", args.export), ("--out", args.out):
         if folder is None or flag == "--out" and args.resume:
             continue
