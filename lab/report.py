@@ -64,14 +64,15 @@ def tables(metric, splits, factors):
 
 
 def fill(rows, results, units):
-    """{row: {column: {mean, std, values, file, key}}} of what every unit has; UNIT in file is each unit."""
+    """{row: {column: {mean, std, values, file, key}}} of what two units have; UNIT in file is each unit."""
     table = {}
     for row, columns in rows.items():
         for column, (name, *keys) in columns.items():
             values = [look_up(results.get(f"{name}-{unit}"), *keys) for unit in units]
-            if None not in values:
+            there = [value for value in values if value is not None]  # T, say, may not exist in every unit
+            if len(there) > 1:
                 table.setdefault(row, {})[column] = {
-                    "mean": statistics.mean(values), "std": statistics.stdev(values), "values": values,
+                    "mean": statistics.mean(there), "std": statistics.stdev(there), "values": values,
                     "file": f"runs/{name}-UNIT/result.json", "key": ".".join(keys)}
     return table
 
@@ -92,9 +93,15 @@ def grid(head, rows):
 
 def table_grid(table):
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    rows = [[row] + [f"{number(cells[c]['mean'])} ± {number(cells[c]['std'])}" if c in cells else ""
-                     for c in columns] for row, cells in table.items()]
+    rows = [[row] + [spread(cells[c]) if c in cells else "" for c in columns] for row, cells in table.items()]
     return grid(["", *columns], rows)
+
+
+def spread(cell):
+    """Mean ± standard deviation, and over how many units where it is not all of them."""
+    count = len(cell["values"]) - cell["values"].count(None)
+    few = f" ({count} units)" * (count < len(cell["values"]))
+    return f"{number(cell['mean'])} ± {number(cell['std'])}{few}"
 
 
 # ---------------------------------------------------------------------------- the report

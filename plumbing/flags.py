@@ -235,6 +235,8 @@ def print_configuration(args, task, encoder):
     print(f"  samples           {sizes}\n  classes           {', '.join(task.labels)}")
     phi = "the first token" if encoder.config.pooling == "first" else "the mean over tokens"
     print(f"  features          {phi}")
+    if len(task.splits["val"]) < 30:
+        print("  note              val is small: which epoch is kept, and T, are luck to a large part")
     if task.skipped:
         counts = ", ".join(f"{name} {count}" for name, count in task.skipped.items())
         print(f"  skipped           rows without text: {counts}")

@@ -93,6 +93,15 @@ def test_a_cell_of_each_table_by_hand(folder, written, table, row, column, metho
     assert shown == f"{report.number(statistics.mean(expected))} ± {report.number(statistics.stdev(expected))}"
 
 
+def test_a_number_that_not_every_unit_has_is_the_mean_of_those_that_do_and_their_count_is_shown():
+    """T does not exist where every validation sample is right; one unit alone has no standard deviation."""
+    results = {f"LP-{unit}": {"temperature": t, "rest": rest} for unit, t, rest in ((0, 1.0, 5.0), (1, None, None), (2, 2.0, None))}
+    rows = {"T": {"LP": ("LP", "temperature")}, "rest": {"LP": ("LP", "rest")}}
+    table = report.fill(rows, results, [0, 1, 2])
+    assert [*table] == ["T"] and table["T"]["LP"]["values"] == [1.0, None, 2.0]
+    assert "| T | 1.500 ± 0.707 (2 units) |" in report.table_grid(table)
+
+
 def test_the_numbers_of_claims_by_hand(folder, written):
     """Paired by unit: the difference of two methods in the same unit; the report shows mean, interval, verdict."""
     lp, ft = (values(folder, name, "head_norm") for name in ("LP", "FT"))
