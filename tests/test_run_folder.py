@@ -378,10 +378,11 @@ def test_a_state_of_other_texts_labels_or_weights_is_refused(random_folder, tmp_
 
 
 def test_a_failure_after_the_weights_are_written_leaves_a_run_to_go_on_with(random_folder, tmp_path, monkeypatch, capsys):
-    """An LP run has no state: a full disk while it exports, a closed pipe while it prints the table."""
+    """An LP run has no state: a full disk in the middle of its export, a closed pipe while it prints the table."""
     flags = ["--model", str(random_folder), "--method", "lp", "--export", str(tmp_path / "export"), "--out"]
 
     def broken(*some):
+        (tmp_path / "export" / "model.safetensors").write_text("half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -397,6 +398,21 @@ def test_a_failure_after_the_weights_are_written_leaves_a_run_to_go_on_with(rand
     monkeypatch.setattr(train, "print_table", closed)
     assert train.main([*flags[:4], "--out", str(tmp_path / "piped")]) == 1
     assert train.main(["--resume", str(tmp_path / "piped")]) == 0 and "finished already" in capsys.readouterr().out
+
+
+def test_of_two_commands_that_find_a_folder_free_the_second_is_refused(random_folder, tmp_path, monkeypatch, capsys):
+    """The first has finished between the second's look into the folder and its lock."""
+    lock = run_folder.lock_folder
+
+    def late(folder):
+        (folder / "result.json").write_text("of the first")
+        return lock(folder)
+
+    monkeypatch.setattr(run_folder, "lock_folder", late)
+    assert train.main(["--model", str(random_folder), "--method", "lp", "--out", str(tmp_path / "run")]) == 2
+    assert "holds something already" in capsys.readouterr().err
+    assert (tmp_path / "run" / "result.json").read_text() == "of the first"
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_run_that_was_killed_before_its_configuration_was_whole_can_be_begun_again(random_folder, tmp_path):
