@@ -53,8 +53,8 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
     if not (torch.isfinite(x).all() and present.all()):  # an absent class's bias would fall without end
         raise ValueError("linear probing: " + ("the features hold NaN or infinity" if present.all() else
                          f"no sample of class {int(present.int().argmin())}; expected all {num_classes}"))
-    # Centre and rotate to principal axes. That changes no ||V||, and b takes up the shift; the Hessian is now
-    # nearly diagonal, as the solver's preconditioner assumes. N samples have N axes at most: the rest is 0.
+    # Centre and rotate to principal axes: ||V|| stays, b takes up the shift, and second derivatives become
+    # nearly diagonal, which the solver (newton.py) relies on. N samples have N axes at most: the rest is 0.
     mean = x.mean(0)  # (h,)
     _, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # (h, h), by growing variance
     axes = axes[:, -min(len(x), x.shape[1]):]  # (h, k)
@@ -72,21 +72,22 @@ def fit_linear_probe(features, labels, num_classes, inverse_l2=None, scoring="ac
         right = (newton.fold_logits(z, theta)[:, 0].argmax(1) == labels).double().mean()
         path.append((float(theta[0, :, :-1].norm()), float(right)))
 
-    start, of_each = x.new_zeros(1, num_classes, z.shape[1]), x.new_full((len(x), 1), inverse_l2)
-    theta = newton.minimise_logistic(objective, z, of_each, penalty, start, 1e-10, record)[0]  # (C, k + 1)
-    theta -= theta.mean(0)  # no probability changes, and the penalty is least: rows sum to 0, rank C - 1
+    start = x.new_zeros(1, num_classes, z.shape[1])  # (1, C, k + 1): the solver takes many problems, here one
+    theta = newton.minimise_logistic(objective, z, x.new_full((len(x), 1), inverse_l2), penalty, start, 1e-10,
+                                     record)[0]  # (C, k + 1)
+    theta -= theta.mean(0)  # softmax does not see the mean over classes; without it V has rank C - 1
     weight = theta[:, :-1] @ axes.T  # (C, h)
     return LinearProbe(weight, theta[:, -1] - weight @ mean, inverse_l2, scores, path)
 
 
 def lp_objective(theta, inverse_l2, z, onehot, penalty):
-    """What LP minimises, and its gradient by theta = [V, b], (C, k + 1):
+    """What LP minimises, and its gradient with respect to theta = [V, b], (C, k + 1):
 
         sum_i inverse_l2_i * cross_entropy(theta z_i, y_i)  +  1/2 sum_j penalty_j * ||column j of theta||^2
 
     inverse_l2 (N,), scikit-learn's C, and 0 for a sample that is held out; z (N, k + 1), features with a 1
     behind each; onehot (N, C), labels; penalty (k + 1,), 0 for b. Returns (value (), gradient (C, k + 1)). It
-    runs under torch.vmap, so it must not call float() or .item(), and must not change a tensor in place.
+    runs under torch.vmap, for all folds at once, so no float(), no .item(), no change of a tensor in place.
     """
     logits = z @ theta.T  # (N, C)
     losses = -(onehot * logits.log_softmax(1)).sum(1)  # (N,)
@@ -97,9 +98,10 @@ def lp_objective(theta, inverse_l2, z, onehot, penalty):
 def stratified_folds(labels, folds=5):
     """The fold (0 to folds - 1) that tests each sample, (N,) int64: unshuffled, as scikit-learn deals them.
 
-    How many of each class: sort the labels by class, classes by first appearance, and deal this list like
-    cards, position j to fold j mod folds. Which of them: of the samples of a class, in the order of the data,
-    the first are fold 0's, the next fold 1's. ValueError for a class with fewer samples than folds.
+    First, how many samples of each class a fold gets: sort the labels by class, classes by first appearance,
+    and deal this list like cards, position j to fold j mod folds. Then, which ones: the first samples of a
+    class, in the order of the data, go to fold 0, the next to fold 1, and so on. ValueError for a class with
+    fewer samples than folds.
     """
     labels = labels.numpy()
     classes, first, counts = np.unique(labels, return_index=True, return_counts=True)
@@ -115,7 +117,7 @@ def stratified_folds(labels, folds=5):
 
 
 def set_head(model, probe):
-    """Make V and b of `probe` the classifier's head, in place: where LP ends."""
+    """V and b of `probe` take the place of the classifier's random head, in its precision: here LP ends."""
     model.head.load_state_dict({"weight": probe.weight, "bias": probe.bias})
 
 
@@ -151,7 +153,7 @@ def accuracy(logits, labels):
 def matthews(logits, labels):
     """Matthews correlation of predictions with labels, for any number of classes: 1 is perfect, 0 is chance.
 
-    Of the two indicator matrices: cov(x, y) / sqrt(cov(x, x) cov(y, y)), where cov sums over classes.
+    It is cov(x, y) / sqrt(cov(x, x) cov(y, y)) of one-hot predictions x and labels y, summed over classes.
     """
     x, y = (F.one_hot(i, logits.shape[1]).double() for i in (logits.argmax(1), labels))  # (N, C)
     x, y = x - x.mean(0), y - y.mean(0)
@@ -317,7 +319,7 @@ def calibration_error(logits, labels, bins=15):
     confidence, prediction = logits.detach().cpu().double().softmax(1).max(1)  # (N,), (N,)
     correct = (prediction == labels.cpu()).double()
     inner_edges = torch.linspace(0, 1, bins + 1, dtype=torch.double)[1:-1]  # (bins - 1,)
-    bin_of = torch.bucketize(confidence, inner_edges)  # (N,): right=False closes bins above
+    bin_of = torch.bucketize(confidence, inner_edges)  # (N,): a bin has its upper edge
     count = torch.bincount(bin_of, minlength=bins)
     gap = torch.bincount(bin_of, weights=correct - confidence, minlength=bins).abs()  # summed
     return float(gap.sum() / len(correct)), float((gap / count.clamp(min=1)).max())

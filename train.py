@@ -53,18 +53,17 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------------------- one run
 
 
-@devices.memory_advice("--max-length, --batch-size or --max-train")
-def run(args):
+def run(args, state):
     """One run, in the order of the paper; returns the dict that result.json holds."""
     task, encoder, tokenizer = load(args)
-    state = run_folder.open_run(args, task, encoder)  # --out is from here on this run's alone
+    state.load(flags.identity(args) | {"data and encoder": run_folder.fingerprint(task, encoder)})
     flags.print_configuration(args, task, encoder)
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(task.labels)).to(args.device)
-    features_0 = features_of(model, task, args)  # phi_0(x), before anything moves
+    features_0 = features_of(model, task, args)  # phi_0(x), before any weight changes
     result = {name: vars(args)[name] for name in ("method", "lora", "seed", "model", "data")}
     result |= {"samples": {name: len(split) for name, split in task.splits.items()}}
-    head_0 = torch.zeros_like(model.head.weight)  # V_0, where LP starts
+    head_0 = torch.zeros_like(model.head.weight)  # V_0 of LP: its solver starts at 0, not at the random head
 
     if args.method != "ft":  # LP: the head alone, from the stored phi_0; the encoder is not touched
         result["lp"] = lp_stage(args, model, task, features_0)
@@ -78,7 +77,7 @@ def run(args):
             result["ntk"] = ntk_stage(args, model, task)
         result["kept_epoch"] = ft_stage(args, model, tokenizer, task, state, result.get("lp"))
     else:
-        model.encoder.requires_grad_(False)  # what trained was the head alone
+        model.encoder.requires_grad_(False)  # to count parameters: the head alone has trained
 
     result |= evaluate(model, task, features_0, frozen=args.method == "lp")
     trainable, total = count_parameters(model)
@@ -92,16 +91,16 @@ def run(args):
 
 def load(args):
     """(Task, Encoder, Tokenizer); ValueError for data, encoder and flags that do not fit each other."""
-    args.device = devices.choose_device(args.device).type
     rows = read_task(args.data, args.data_dir, args.language)  # bad data end before a long download
     encoder, tokenizer = checkpoint.load_pretrained(args.model, args.pooling)
-    task = load_task(rows, tokenizer, args.max_length, None, args.max_train, args.seed, args.max_test)
+    task = load_task(rows, tokenizer, args.max_length, max_train=args.max_train, seed=args.seed,
+                     max_test=args.max_test)
     flags.check_task(args, task, tokenizer, encoder.config)
     return task, encoder, tokenizer
 
 
 def features_of(model, task, args):
-    """{split: phi_0, (N, h)}; those of train and val are for LP alone."""
+    """{split: phi_0, (N, h)}; without LP, train and val need none."""
     features_0 = {name: predict(model, task.splits[name], desc=f"features of {name}")[0]
                   for name in (task.test_names if args.method == "ft" else task.splits)}
     if not all(torch.isfinite(features).all() for features in features_0.values()):
@@ -140,7 +139,7 @@ def ntk_stage(args, model, task):
     batches, places = zip(*(task.splits[name].batches(indices, 16) for name, indices in picked.items()))
     with devices.memory_advice("--ntk or --max-length"):
         kernels = vars(ntk.empirical_ntk(model.eval(), *batches))
-    # undo the sorting by length: the folds of kernel regression depend on the order
+    # in the order of `picked`, not of the batches: the folds of kernel regression depend on it
     kernels = {name: kernel[places["test" in name]][:, :, places[0]] for name, kernel in kernels.items()}
     P, F, test_P, test_F = kernels.values()  # (N, C, N, C), twice; (M, C, N, C), twice
     with torch.no_grad():
@@ -189,7 +188,8 @@ def ft_stage(args, model, tokenizer, task, state, lp_record):
                                 batch_size=args.batch_size, epochs=args.epochs, metric=task.metric,
                                 on_epoch=on_epoch, state=state)
     except NotFinite as error:
-        raise export.save_unfinished(args, model, tokenizer, task, error) from None
+        kept = export.save_unfinished(args, model, tokenizer, task, error)
+        raise ValueError(f"{error}{kept}") from None
     kept = best_epoch(history, task.metric)["epoch"]
     print(f"FT    keeps epoch {kept}, the first after the start with the highest validation {task.metric}")
     return kept
@@ -249,10 +249,8 @@ def print_table(args, result):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.resume and (args.resume / "result.json").is_file():
-        print(f"finished already: {args.resume}")
-        return 0
-    return flags.exit_status("train.py", lambda: run(args), lambda: run_folder.how_to_go_on(args.out))
+    return flags.exit_status("train.py", lambda: run_folder.run_in_folder(args, run),
+                             lambda: run_folder.how_to_go_on(args.out))
 
 
 if __name__ == "__main__":

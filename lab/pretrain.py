@@ -159,7 +159,7 @@ def main(argv=None):
         encoder = pretrain(settings)
         check_polarity(encoder, tokenizer, settings)
         save_pretrained(out, encoder, tokenizer, language=args.seed)  # train.py compares
-        print(f"the encoder is in {out}; use it with: python train.py --model {out}")
+        print(f"the encoder is in {out}; use it with: python train.py --model {out} --language {args.seed}")
 
     return exit_status("lab.pretrain", work, lambda: "; nothing was written")
 

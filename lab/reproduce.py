@@ -246,9 +246,12 @@ def check_data(args):
     seeds = (*args.units, *TUNING_UNITS[:2 * (len(args.rates) > 1)])  # each draws its own
     for name in METHODS:
         train.parse_args(common_flags(args, name, args.units[0]))
-    for unit in seeds if args.unit == "seed" else (tiny.LANGUAGE,):  # whose encoder is there
+    for unit in seeds:
         words = common_flags(args, "LP-LoRA", unit) + ["--ntk", str(args.ntk)] * (args.ntk > 0)
-        task, *_ = train.load(train.parse_args(words))
+        run = train.parse_args(words)
+        if args.unit == "language":  # its own encoder may not be there yet
+            run.model, run.language = "tiny", tiny.LANGUAGE
+        task, *_ = train.load(run)
     if "test" not in task.splits:
         raise ValueError(f"--data {args.data}: has no test split, which tables and claims are about")
 

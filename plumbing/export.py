@@ -49,18 +49,17 @@ def save_run(args, model, tokenizer, task, result):
     if args.export:
         base = tiny.ENCODER if args.model == "tiny" else args.model
         export_classifier(args.export, model, tokenizer, task, temperature, args.max_length, base)
-    (args.out / "state").unlink(missing_ok=True)
     write_json(args.out / "result.json", result)  # last: a folder that has it is finished
 
 
 def save_unfinished(args, model, tokenizer, task, error):
-    """Keep the best weights of a training that became infinite (NotFinite); the ValueError that says so."""
+    """Keep the best weights of a training that became infinite (NotFinite); returns what to say of them."""
     if not error.kept:
         (args.out / "state").unlink(missing_ok=True)  # of epoch 0: nothing to go on with
-        return ValueError(str(error))
+        return ""
     save_classifier(args.out, model, tokenizer, task, 1.0, args.max_length, args.data,
                     "training ended before its last epoch")
-    return ValueError(f"{error}; the best weights before are in {args.out}")
+    return f"; the best weights before are in {args.out}"
 
 
 def load_classifier(folder):

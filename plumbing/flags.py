@@ -204,8 +204,8 @@ def check_task(args, task, tokenizer, config):
                          f"{config.max_length} tokens at most; expected {config.max_length} or less")
     made_for = language_of(args.model)
     if args.data in tiny.TASKS and made_for not in (None, args.language):
-        raise ValueError(f"--language {args.language}: the encoder {args.model} was made for language "
-                         f"{made_for}; python -m lab.pretrain --seed {args.language} makes one for --model")
+        raise ValueError(f"--language {args.language}: the encoder {args.model} was made for --language "
+                         f"{made_for}; lab.pretrain --seed {args.language} makes another for --model")
     unknown, tokens = count_unknown(tokenizer, task.splits["train"], task.pairs)
     if args.model == "tiny" and unknown > 0.2 * tokens:
         raise ValueError(f"--data {args.data}: {100 * unknown / tokens:.0f} % of its tokens are words that "

@@ -2,7 +2,7 @@
 
     lock_folder                refuses a folder that a live process uses
     RunState                   the FT stage after its last whole epoch: saved, checked, taken up again
-    open_run                   --out and --export, new or as an interrupted run left them
+    run_in_folder              --out and --export, new or as an interrupted run left them
 """
 
 import hashlib
@@ -17,9 +17,10 @@ import torch
 from filelock import FileLock, Timeout  # PyTorch needs it too
 
 from plumbing import devices, flags
-from plumbing.files import load_tensors, save_tensors, write_json
+from plumbing.files import load_tensors, save_tensors, write_json, write_text
 
 LOCK = "lock"  # name of the lock file in a folder
+UNFINISHED = "unfinished-run"  # a file in --export until it is whole, with the path of --out
 VERSION = 3  # of what states hold; higher when an older state cannot be gone on with
 
 
@@ -47,8 +48,8 @@ class RunState:
     not saved: it is computed again, to the same bits.
     """
 
-    def __init__(self, path, lock=None):
-        self.path, self.lock, self.opened = Path(path), lock, time.monotonic()
+    def __init__(self, path):
+        self.path, self.opened = Path(path), time.monotonic()
         self.start, self.saved = None, {}
 
     def load(self, start):
@@ -94,19 +95,36 @@ class RunState:
 # ---------------------------------------------------------------------------- the folders of a run
 
 
-def open_run(args, task, encoder):
-    """The RunState of a run that begins or goes on; its --out is there, locked, and says what the run is."""
-    lock = claim_folders(args)
-    if args.resume:
-        torch.set_num_threads(args.threads)  # another number adds in another order
-    else:
-        write_json(args.out / "config.json", flags.configuration(args) | {
-            "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "tokenizers": tokenizers.__version__, "numpy": np.__version__}})
-    state = RunState(args.out / "state", lock)
-    state.load(flags.identity(args) | {"data and encoder": fingerprint(task, encoder)})
-    return state
+def run_in_folder(args, run):
+    """Call run(args, RunState) where it holds --out and --export alone, unless it is finished already.
+
+    If it ends well, its state goes; if it fails before anything is saved, so do the folders it made.
+    """
+    args.device = devices.choose_device(args.device).type
+    lock, made = claim_folders(args)  # before minutes of work, so that an unusable --out costs none
+    state = RunState(args.out / "state")
+    try:
+        if (args.out / "result.json").is_file():
+            print(f"finished already: {args.out}")
+        else:
+            if args.resume:
+                torch.set_num_threads(args.threads)  # another number adds in another order
+            else:
+                write_json(args.out / "config.json", flags.configuration(args) | {
+                    "threads": torch.get_num_threads(),
+                    "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                                 "tokenizers": tokenizers.__version__, "numpy": np.__version__}})
+            with devices.memory_advice("--max-length, --batch-size or --max-train"):
+                run(args, state)
+        state.path.unlink(missing_ok=True)
+        if args.export:
+            (args.export / UNFINISHED).unlink(missing_ok=True)
+    except Exception:
+        if not (args.resume or state.path.is_file() or (args.out / "model.safetensors").is_file()):
+            release_folders(args, lock, made)
+        raise
+    finally:
+        lock.release()
 
 
 def fingerprint(task, encoder):
@@ -126,7 +144,10 @@ def how_to_go_on(out):
 
 
 def claim_folders(args):
-    """Create --out (default: runs/DATA-MODEL-METHOD-seedS and a number) and --export; the lock of --out."""
+    """Create --out, or runs/DATA-MODEL-METHOD-seedS with a number behind it, and --export; lock --out.
+
+    Returns (lock, folders that were not there before).
+    """
     if args.out is None:
         name = "-".join([Path(args.data).name, Path(args.model).name, args.method]
                         + ["lora"] * args.lora + [f"seed{args.seed}"])
@@ -136,28 +157,42 @@ def claim_folders(args):
             args.out = Path("runs") / f"{name}-{number}"
     if args.export and args.export.resolve() == args.out.resolve():
         raise ValueError(f"--export {args.export}: is also --out; expected another folder")
-    refuse_taken(args)  # now, before minutes of work
-    for folder in filter(None, (args.export, args.out)):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(args.out)
-    refuse_taken(args)  # of two commands that found it free, one was first
-    return lock
-
-
-def refuse_taken(args):
-    """ValueError for a folder that holds something, but for what a run that saved nothing left in --out."""
+    finished, begun = ((args.out / name).is_file() for name in ("result.json", "config.json"))
+    if args.resume:
+        marker = args.export and args.export / UNFINISHED
+        if marker and not finished and any(args.export.glob("*")) and not (
+                marker.is_file() and marker.read_text(encoding="utf-8") == str(args.out.resolve())):
+            raise ValueError(f"--export {args.export}: holds something that is not of this run")
+        return lock_folder(args.out), []
     for flag, folder in ("--export", args.export), ("--out", args.out):
-        if folder is None or flag == "--out" and args.resume:
+        if folder is None:
             continue
         if folder.is_file():
             raise ValueError(f"{flag} {folder}: is a file already; expected a new or empty folder")
-        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        begun = flag == "--out" and LOCK in names
-        if args.resume:  # --export may be half written; config.json comes last
-            names &= {"config.json"}
-        elif begun:
-            names -= {LOCK, "config.json", "config.json.tmp", "metrics.jsonl", "ntk.npz"}
-        if names:
-            go_on = f", or --resume {folder}" * (begun and "result.json" not in names)
+        own = (LOCK, "config.json.tmp", UNFINISHED)
+        if folder.is_dir() and any(path.name not in own for path in folder.iterdir()):
+            go_on = f", or --resume {folder}" * (flag == "--out" and begun and not finished)
             raise ValueError(f"{flag} {folder}: holds something already; expected a new or empty "
                              f"folder{go_on}")
+    made = [folder for folder in (args.export, args.out) if folder and not folder.exists()]
+    for folder in made:
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(args.out)
+    if (args.out / "config.json").exists():  # of two commands that found it empty, one was first
+        raise ValueError(f"--out {args.out}: holds something already; expected a new or empty folder")
+    if args.export:
+        write_text(args.export / UNFINISHED, str(args.out.resolve()))
+    return lock, made
+
+
+def release_folders(args, lock, made):
+    """After a failure before anything was saved, leave nothing that blocks the corrected command."""
+    for name in ("config.json", "metrics.jsonl", "ntk.npz"):
+        (args.out / name).unlink(missing_ok=True)
+    if args.export:
+        (args.export / UNFINISHED).unlink(missing_ok=True)
+    lock.release()
+    (args.out / LOCK).unlink(missing_ok=True)
+    for folder in sorted(made, key=lambda folder: len(folder.resolve().parts), reverse=True):
+        if not any(folder.iterdir()):
+            folder.rmdir()

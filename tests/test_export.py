@@ -344,9 +344,11 @@ def test_a_refused_command_leaves_every_file_that_was_there(random_folder, tmp_p
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     args = train.parse_args(["--out", str(tmp_path / "run")])
-    lock = run_folder.claim_folders(args)
+    lock, made = run_folder.claim_folders(args)
     assert train.main(["--model", str(random_folder), "--out", str(tmp_path / "run")]) == 2
-    assert "another process" in capsys.readouterr().err and lock.is_locked
+    assert (tmp_path / "run" / "lock").exists() and made == [tmp_path / "run"]
+    run_folder.release_folders(args, lock, made)
+    assert not (tmp_path / "run").exists()
 
 
 def test_export_does_not_write_over_anything(random_folder, tmp_path, capsys):

@@ -232,6 +232,15 @@ def test_every_language_has_an_encoder_of_its_own(tmp_path):
     assert reproduce.leaves(args, "encoder-2", made["encoder-2"]).exists()
 
 
+def test_what_the_draw_of_one_unit_lacks_is_refused_before_the_first_run(tmp_path, capsys):
+    """Each unit draws with its own seed; an encoder that is not made yet does not matter."""
+    command = ["--languages", "3", "--rates", "1", "--out", str(tmp_path / "x"), "--list", "--ntk"]
+    assert reproduce.main([*command, "20"]) == 2 and "drawn with seed 0 have 4 of" in capsys.readouterr().err
+    assert reproduce.main([*command, "0", "--data", "tiny-30", "--max-train", "20"]) == 0  # seed 37 would have 3 of one
+    assert reproduce.main([*command, "0", "--data", "tiny-30", "--max-train", "17"]) == 2
+    assert "has 4" in capsys.readouterr().err
+
+
 def test_without_the_packages_of_the_lab_one_line_says_how_to_get_them(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import importlib.util as u\nfind = u.find_spec\n"
                                                "u.find_spec = lambda name: None if name == 'markdown' else find(name)\n")

@@ -301,30 +301,27 @@ def test_a_resumed_run_takes_its_own_number_of_threads_and_leaves_no_state(unfin
     config = json.loads((run / "config.json").read_text())
     assert config["threads"] == 1 and Path(config["model"]).is_absolute()
     assert {"python", "torch", "tokenizers", "numpy"} == config["versions"].keys()
-    seen, before, fine_tune = [], torch.get_num_threads(), train.fine_tune
-
-    def last_epoch(*arguments, **settings):
-        seen.append(torch.get_num_threads())
-        return fine_tune(*arguments, **settings | {"epochs": len(settings["state"].saved["history"]) - 1})
-
-    monkeypatch.setattr(train, "fine_tune", last_epoch)
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(train, "run", lambda *a: seen.append(torch.get_num_threads()))
     torch.set_num_threads(2)
     try:
         assert train.main(["--resume", str(run)]) == 0
     finally:
         torch.set_num_threads(before)
-    assert seen == [1] and (run / "result.json").exists() and not (run / "state").exists()
+    assert seen == [1] and not (run / "state").exists()
 
 
-def test_an_export_of_another_run_is_not_overwritten(unfinished, tmp_path, capsys):
-    """Its config.json was written last, so it is whole."""
+def test_an_export_of_another_run_is_not_overwritten(unfinished, random_folder, tmp_path, capsys):
     run, export = copy_of(unfinished, tmp_path), tmp_path / "export"
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"export": str(export)}))
     export.mkdir()
     (export / "config.json").write_text("precious")
-    assert f"--export {export}: holds something already" in refusal(["--resume", run], capsys)
-    assert (export / "config.json").read_text() == "precious"
+    assert "not of this run" in refusal(["--resume", run], capsys)
+    (export / run_folder.UNFINISHED).write_text(str(tmp_path / "another"))
+    assert "not of this run" in refusal(["--resume", run], capsys)
+    flags = ["--model", random_folder, "--method", "lp", "--out", tmp_path / "new", "--export", tmp_path / "own"]
+    assert train.main([*map(str, flags)]) == 0 and not (tmp_path / "own" / run_folder.UNFINISHED).exists()
 
 
 @pytest.mark.parametrize("change, said", [
@@ -378,16 +375,20 @@ def test_a_state_of_other_texts_labels_or_weights_is_refused(random_folder, tmp_
 
 
 def test_a_failure_after_the_weights_are_written_leaves_a_run_to_go_on_with(random_folder, tmp_path, monkeypatch, capsys):
-    """An LP run has no state: a full disk in the middle of its export, a closed pipe while it prints the table."""
+    """An LP run has no state: a full disk after each file of its export, a closed pipe while it prints the table."""
     flags = ["--model", str(random_folder), "--method", "lp", "--export", str(tmp_path / "export"), "--out"]
 
     def broken(*some):
-        (tmp_path / "export" / "model.safetensors").write_text("half")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(export, "export_classifier", broken)
         assert train.main([*flags, str(tmp_path / "run")]) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_json",  # the export is whole, result.json is not there
+                      lambda path, content: broken() if path.name == "result.json" else files.write_json(path, content))
+        assert train.main(["--resume", str(tmp_path / "run")]) == 1
+    assert (tmp_path / "export" / "head.safetensors").is_file()
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "result.json").is_file() and (tmp_path / "export" / "config.json").is_file()
     assert train.main(["--resume", str(tmp_path / "run")]) == 0 and "finished already" in capsys.readouterr().out
@@ -401,34 +402,37 @@ def test_a_failure_after_the_weights_are_written_leaves_a_run_to_go_on_with(rand
 
 
 def test_of_two_commands_that_find_a_folder_free_the_second_is_refused(random_folder, tmp_path, monkeypatch, capsys):
-    """The first has finished between the second's look into the folder and its lock."""
+    """The first began between the second's look into the folder and its lock, and has ended since."""
     lock = run_folder.lock_folder
 
     def late(folder):
-        (folder / "result.json").write_text("of the first")
+        (folder / "config.json").write_text("of the first")
         return lock(folder)
 
     monkeypatch.setattr(run_folder, "lock_folder", late)
     assert train.main(["--model", str(random_folder), "--method", "lp", "--out", str(tmp_path / "run")]) == 2
     assert "holds something already" in capsys.readouterr().err
-    assert (tmp_path / "run" / "result.json").read_text() == "of the first"
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert (tmp_path / "run" / "config.json").read_text() == "of the first"
 
 
 def test_a_run_that_was_killed_before_its_configuration_was_whole_can_be_begun_again(random_folder, tmp_path):
-    """What such a kill leaves: a lock and a part of config.json."""
-    (tmp_path / "run").mkdir()
-    for name in ("lock", "config.json.tmp"):
-        (tmp_path / "run" / name).write_text("")
-    assert train.main(["--model", str(random_folder), "--method", "lp", "--out", str(tmp_path / "run")]) == 0
+    """What such a kill leaves: a lock, a part of config.json, the mark in the folder of --export."""
+    for folder, files_there in (("run", ("lock", "config.json.tmp")), ("export", (run_folder.UNFINISHED,))):
+        (tmp_path / folder).mkdir()
+        for name in files_there:
+            (tmp_path / folder / name).write_text("")
+    assert train.main(["--model", str(random_folder), "--method", "lp", "--out", str(tmp_path / "run"), "--export",
+                       str(tmp_path / "export")]) == 0
 
 
 def test_training_that_fails_at_once_leaves_nothing_that_blocks_the_corrected_command(random_folder, tmp_path, capsys):
     flags = ["--model", str(random_folder), "--max-train", "60", "--epochs", "1", "--method", "ft", "--ntk", "30",
              "--out", str(tmp_path / "run")]
     assert train.main([*flags, "--lr", "1e14"]) == 2 and "in epoch 1" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
     assert train.main([*flags, "--lr", "1e-4"]) == 0
-    assert train.main([*flags, "--lr", "1e-4"]) == 2 and "holds something already" in capsys.readouterr().err
+    assert train.main([*flags, "--lr", "1e-4"]) == 2  # that one is finished, so --resume is no way out
+    assert capsys.readouterr().err.endswith(f"{tmp_path / 'run'}: holds something already; expected a new or empty folder\n")
 
 
 def test_a_damaged_state_is_refused_wherever_it_is_damaged(unfinished, tmp_path, capsys):

@@ -362,7 +362,7 @@ def test_an_encoder_of_another_language_is_refused(tmp_path, capsys):
         config = json.loads((tiny.ENCODER / "config.json").read_text()) | {"language": 5}
         (folder / "config.json").write_text(json.dumps(config))
         assert train.main(["--model", model, "--language", str(language), "--out", str(tmp_path / "run")]) == 2
-        assert f"was made for language {made_for}" in capsys.readouterr().err
+        assert f"was made for --language {made_for}" in capsys.readouterr().err
     assert train.main(["--model", str(folder), "--language", "5", "--method", "lp", "--out", str(tmp_path / "run")]) == 0
     (folder / "config.json").write_text(json.dumps(config | {"language": None}))  # an encoder of none: no mismatch
     assert train.main(["--model", str(folder), "--method", "lp", "--out", str(tmp_path / "other")]) == 0
