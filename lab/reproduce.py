@@ -92,7 +92,7 @@ def parse_args(argv=None):
 
 def encoder_of(args, unit):
     """The encoder of a unit; of languages that are not shipped it lies beside --out, for folders to share."""
-    folder = args.out.parent / "encoders" / str(unit)
+    folder = os.path.join(args.out.parent, "encoders", str(unit))  # ./encoders/0: without ./ a hub name
     return folder if args.unit == "language" and unit != tiny.LANGUAGE else args.model
 
 
