@@ -54,3 +54,19 @@ def test_every_command_of_the_readme_is_one_that_train_accepts(command):
     words = [re.sub(r"^\$\w+$", "1", word) for word in shlex.split(command.split(";")[0])]
     if not {"--help", "--resume"} & {*words}:
         train.parse_args(words)
+
+
+@pytest.mark.slow
+def test_the_three_commands_tell_the_story_that_the_readme_shows(tmp_path, capsys):
+    """All rows of the README, up to what another processor rounds: and LP-FT is the best on every other domain."""
+    rows = {method: line.split()[1:-1] for line in README.splitlines() for method in ("lp", "ft", "lpft")
+            if line.startswith("films ") and line.endswith(f"({method})")}
+    accuracies = {}
+    for method, row in rows.items():
+        assert train.main(["--method", method, "--out", str(tmp_path / method)]) == 0
+        printed = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()
+                   if line.startswith(("test ", *tiny.DOMAINS[1:]))}
+        assert [float(x) for x in printed["films"]] == pytest.approx([float(x) for x in row], rel=0.05, abs=0.02)
+        accuracies[method] = [float(printed[split][0]) for split in ("test", *tiny.DOMAINS[1:])]
+    assert len(rows) == 3 and min(test for test, *_ in accuracies.values()) >= 0.975
+    assert all(best > max(lp, ft) for best, lp, ft in [*zip(*(accuracies[m] for m in ("lpft", "lp", "ft")))][1:])
