@@ -86,7 +86,7 @@ def work(out, seeds=10):
     for name, values in curves.items():
         print(f"{name:10s}" + "".join(f"{x:12.3g}" for x in values[-1]))
     print("F under LoRA, by its mean, differs from F by",
-          ", ".join(f"{lora_kernel_error(r):.2f} at r = {r}" for r in (1, 8, 64, 512)))
+          ", ".join(f"{lora_kernel_error(r):.2f} at r = {r}" for r in (1, 8, 64, 512)), f"\nfigure: {out}")
     return curves
 
 
