@@ -92,7 +92,7 @@ def copy_project(out):
     """What runs and grades, without history, tests and variants; ValueError if `out` is there."""
     if out.exists():
         raise ValueError(f"--out {out}: is there already; expected a new folder")
-    left_out = (".*", "*.png", "lab", "benchmarks", "tests", "runs", "variants", "check.py", "INSTRUCTORS.md",
+    left_out = (".*", "lab", "benchmarks", "tests", "runs", "variants", "check.py", "INSTRUCTORS.md",
                 "__pycache__")
     here = [out.name] * (out.resolve().parent == ROOT)  # else the copy would copy itself
     shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(*left_out, *here))

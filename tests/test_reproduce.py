@@ -227,6 +227,7 @@ def test_every_language_has_an_encoder_of_its_own(tmp_path):
     for unit, model in ((tiny.LANGUAGE, "tiny"), (2, str(tmp_path / "encoders" / "2"))):
         flags = train.parse_args(reproduce.common_flags(args, "LP-FT", unit))
         assert (flags.language, flags.seed, flags.model) == (unit, unit, model)
+    assert reproduce.encoder_of(reproduce.parse_args(["--out", "x"]), 2) == "./encoders/2"  # no name of the hub
     assert not reproduce.leaves(args, "encoder-2", made["encoder-2"]).exists()
     make_encoder(tmp_path / "encoders" / "2")
     assert reproduce.leaves(args, "encoder-2", made["encoder-2"]).exists()

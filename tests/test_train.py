@@ -122,7 +122,7 @@ def test_where_all_of_validation_is_right_t_is_one_and_the_table_says_why(all_ri
     of_test = result["calibration"]["test"]
     assert of_test["ece_scaled"] == of_test["ece"] > 0 and of_test["mce_scaled"] == of_test["mce"]
     assert f"ECE/T, MCE/T: with T = 1, not fitted: {reason}. Diff(F):" in printed
-    assert "fitted on validation" not in printed
+    assert "fitted on validation" not in printed and "val is small" in printed  # 10 texts
     assert " temperature=1.0000 " in printed.splitlines()[-1]
 
 
@@ -143,7 +143,8 @@ def test_predictions_of_such_a_run_are_those_without_t(all_right, tmp_path, caps
 
 def test_a_fitted_temperature_has_no_reason(random_folder, tmp_path, capsys):
     assert train.main(command("lp", "--model", str(random_folder), "--out", str(tmp_path / "run"))) == 0
-    assert ", fitted on validation. Diff(F):" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ", fitted on validation. Diff(F):" in printed and "val is small" not in printed  # 200 texts
     assert json.loads((tmp_path / "run" / "result.json").read_text())["temperature_reason"] is None
     (tmp_path / "texts").write_text("good\n")
     assert predict_command.main([str(tmp_path / "run"), str(tmp_path / "texts")]) == 0
