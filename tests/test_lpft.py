@@ -593,6 +593,22 @@ def test_one_sample_or_no_spread_within_classes_has_no_cs_or_no_finite_fdr():
 # ------------------------------------------------------------------------------------ CUDA
 
 
+def test_cudnn_attention_is_off():
+    """Else LoRA ends in NaN on an H100 at rates where it merely fails to learn elsewhere (next test)."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.cuda
+def test_gradients_of_attention_are_finite_where_every_logit_is_low():
+    """64 tokens, logits of -120: exp(-120) is 0 in float32, and softmax is what it was without the -120."""
+    q, k, v = (torch.randn(1, 1, 64, 64, device="cuda", dtype=torch.bfloat16) * 0.1 for _ in range(3))
+    q[..., 0], k[..., 0] = 1.0, -120 * 64**0.5
+    q.requires_grad_()
+    mask = torch.ones(1, 1, 1, 64, dtype=torch.bool, device="cuda")
+    F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
+    assert q.grad.isfinite().all()
+
+
 @pytest.mark.cuda
 def test_features_on_cuda_are_those_of_the_cpu(model, small_task):
     on_cpu, _ = predict(model, small_task.splits["val"])
