@@ -206,14 +206,9 @@ def linear_kernel(kernel, layer, a, g):
         kernel += ((a @ a[:rows].T) * (g @ g[:rows].T)).to(kernel.device)
         return
     size = max(1, min(out, MAX_NUMBERS[g[0].is_cuda] // (R * r * width)))  # outputs at a time
-    J = g[0].new_empty(R, r, size, width)
     for o in range(0, out, size):
-        J, first = J[:, :, :out - o], 0
-        for a_n, g_n in zip(a, g):
-            for k in range(r):
-                torch.bmm(g_n[:, k, :, o:o + size].transpose(1, 2), a_n, out=J[first:first + len(a_n), k])
-            first += len(a_n)
-        exact.add_gram(kernel, J.flatten(2).flatten(0, 1))
+        J = [g_n[..., o:o + size].mT.flatten(1, 2) @ a_n for a_n, g_n in zip(a, g)]  # (n, r size, in)
+        exact.add_gram(kernel, torch.cat(J).view(R * r, -1))
 
 
 def layernorm_jacobian(layer, a, g):
@@ -308,14 +303,12 @@ def kernel_statistics(kernel):
     rank             number of singular values above eps NC times the largest, eps = 1.2e-7 of float32
     frobenius        Frobenius norm
     singular_values  divided by the largest, falling (Fig. 2, 7)
-    trace_norms      (N, N): sum of the singular values of each C x C block (Fig. 8, 9)
     """
     matrix = kernel.flatten(2).flatten(0, 1).double()  # (N C, N C)
     values = torch.linalg.svdvals(matrix)
     tolerance = max(matrix.shape) * torch.finfo(torch.float32).eps * values[0]
     return {"rank": int((values > tolerance).sum()), "frobenius": float(matrix.norm()),
-            "singular_values": values / values[0].clamp(min=1e-300),
-            "trace_norms": torch.linalg.svdvals(kernel.transpose(1, 2).double()).sum(2)}
+            "singular_values": values / values[0].clamp(min=1e-300)}
 
 
 def kernel_regression(train_kernel, train_labels, test_kernel, test_labels):

@@ -152,7 +152,6 @@ def ntk_stage(args, model, task):
     for name, kernel, test_kernel in (("P", P, test_P), ("F", F, test_F), ("Theta", P + F, test_P + test_F)):
         row = ntk.kernel_statistics(kernel) | ntk.kernel_regression(kernel, labels, test_kernel, test_labels)
         row["singular_values"] = row["singular_values"].tolist()
-        del row["trace_norms"]
         result[name] = row
         print(f"{name:8s}{row['rank']:6d}{row['frobenius']:12.1f}{row['train_accuracy']:9.3f}"
               f"{row['test_accuracy']:8.3f}{row['train_logit_accuracy']:13.3f}"

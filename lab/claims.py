@@ -38,7 +38,7 @@ class Part:
     measure: str
     value: Callable  # Unit -> number
     bound: float = 0.0
-    predictions: Callable | None = None  # {method: {split: logits}}, {split: labels}, metric -> it, too
+    predictions: Callable | None = None  # read_logits of a unit, {split: texts}, metric -> it, too
 
 
 class Unit:
@@ -111,11 +111,12 @@ def difference(label, one, other, *keys, place=None):
 
 def predicted(label, one, other, place, *keys):
     """The same of a number that is made of predictions: of other texts, it can be told from their logits."""
-    def measure(logits, labels, metric):
+    def measure(arrays, texts, metric):
         def score(name, split):
-            pair = torch.from_numpy(logits[name][split]), torch.from_numpy(labels[split])
+            pair = [torch.from_numpy(arrays[name][f"{kind}_{split}"][texts[split]])
+                    for kind in ("logits", "labels")]
             return METRICS[metric](*pair) if keys == ("score",) else calibration_error(*pair)[0]
-        return statistics.mean(score(one, s) - score(other, s) for s in labels if (s == "test") != place[1])
+        return statistics.mean(score(one, s) - score(other, s) for s in texts if (s == "test") != place[1])
     return replace(difference(label, one, other, *keys, place=place), predictions=measure)
 
 
@@ -218,35 +219,25 @@ def paired_t(values, bound=0.0, of_texts=0.0):
 
 
 def variance_of_texts(part, logits, metric):
-    """Of a part's mean over units, by bootstrap: texts are drawn again, the same for every unit.
-
-    logits as those of read_logits.
-    """
+    """Of a part's mean over units, by bootstrap: texts are drawn again, the same for every unit."""
     rng, redrawn = np.random.default_rng(0), []
-    sizes = {split: len(labels) for split, labels in logits[next(iter(logits))][1].items()}
+    sizes = {key.removeprefix("labels_"): len(array) for key, array in logits[0]["LP"].items()
+             if key.startswith("labels_") and key != "labels_val"}
     for _ in range(DRAWS):
         texts = {split: rng.integers(size, size=size) for split, size in sizes.items()}
-        redrawn.append(statistics.mean(part.predictions(
-            {name: {s: splits[s][texts[s]] for s in splits} for name, splits in methods.items()},
-            {s: labels[s][texts[s]] for s in labels}, metric) for methods, labels in logits.values()))
+        redrawn.append(statistics.mean(part.predictions(arrays, texts, metric) for arrays in logits))
     return statistics.variance(redrawn)
 
 
 def read_logits(out, units):
-    """{unit: ({method: {split: logits (N, C)}}, {split: labels (N,)})}; ValueError for a file that is cut."""
-    logits = {}
-    for unit in units:
-        arrays = {}  # {method: what its logits.npz holds}
-        for name in METHODS:
-            path = out / "runs" / f"{name}-{unit}" / "logits.npz"
-            try:
-                arrays[name] = dict(np.load(path))
-            except (OSError, ValueError, BadZipFile) as error:
-                raise ValueError(f"{path}: not the logits that train.py writes ({error})") from None
-        splits = [key[7:] for key in arrays["LP"] if key.startswith("labels_") and key != "labels_val"]
-        logits[unit] = ({name: {s: arrays[name][f"logits_{s}"] for s in splits} for name in METHODS},
-                        {s: arrays["LP"][f"labels_{s}"] for s in splits})
-    return logits
+    """For each unit {method: the arrays of its logits.npz}; ValueError for a file that is cut."""
+    def arrays(name, unit):
+        path = out / "runs" / f"{name}-{unit}" / "logits.npz"
+        try:
+            return dict(np.load(path))
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise ValueError(f"{path}: not the logits that train.py writes ({error})") from None
+    return [{name: arrays(name, unit) for name in METHODS} for unit in units]
 
 
 def holm(ps, level=0.05):

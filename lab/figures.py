@@ -18,7 +18,6 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
 from lab.runs import METHODS, scaled, scales_of
-from ntk import kernel_statistics
 from plumbing.files import read_json
 
 COLOURS = {"LP": "#E69F00", "FT": "#0072B2", "LoRA": "#56B4E9", "LP-FT": "#D55E00", "LP-LoRA": "#CC79A7"}
@@ -87,14 +86,16 @@ def spectra(out, results, units):
 
 def trace_norms(out, results, units):
     """Fig. 8, 9: trace norm of each C x C block, all panels on one logarithmic scale; lines part classes."""
-    classes = short(read_json(out / "runs" / f"LP-FT-{units[0]}" / "classifier.json")["labels"])
+    names = read_json(out / "runs" / f"LP-FT-{units[0]}" / "classifier.json")["labels"]
+    classes = [name if len(name) < 14 else f"{name[:12]}…" for name in names]  # short enough for an axis
+    classes = classes if len(names) < 7 else range(len(names))
     drawn = [("LP-FT", "P", "pretrain")] + [(name, "F", "ft") for name in TRAINED]
     norms = []
     for name, _, key in drawn:
         saved = np.load(out / "runs" / f"{name}-{units[0]}" / "ntk.npz")
         order = np.argsort(saved["labels"], kind="stable")
-        kernel = torch.from_numpy(saved[key][order][:, :, order])
-        norms.append(kernel_statistics(kernel)["trace_norms"].numpy())
+        blocks = saved[key][order][:, :, order].swapaxes(1, 2)  # (N, N, C, C)
+        norms.append(np.linalg.norm(blocks, "nuc", (2, 3)))  # sums of singular values
     labels, largest = saved["labels"][order], max(map(np.max, norms))
     scale = LogNorm(max(min(map(np.min, norms)), largest * 1e-5), largest)
     figure, (*axes, last) = panels(len(drawn) + 1)
@@ -113,13 +114,6 @@ def trace_norms(out, results, units):
     figure.colorbar(image, cax=last.inset_axes([0.05, 0.55, 0.9, 0.08]), orientation="horizontal",
                     label="trace norm")
     return figure
-
-
-def short(names):
-    """Class names that fit beside an axis; their indices where there are many."""
-    if len(names) > 6:
-        return [str(i) for i in range(len(names))]
-    return [f"{name[:12]}…" if len(name) > 13 else name for name in names]
 
 
 def head_scales(out, results, units):

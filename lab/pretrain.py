@@ -12,7 +12,7 @@ Shapes: N documents, L tokens.
 """
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import plumbing  # noqa: F401  before torch
@@ -77,7 +77,7 @@ def pretrain(settings):
     tokenizer, config = tiny.make_tokenizer(), tiny_config()
     texts = tiny.Language(settings.seed).documents(settings.documents)
     corpus = encode(tokenizer, [(text, None, 0) for text in texts], config.max_length)
-    encoder = Encoder(replace(config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    encoder = Encoder(config).eval()  # without dropout
     language_model = MaskedLanguageModel(encoder)
     optimizer = torch.optim.AdamW(language_model.parameters(), lr=settings.lr, fused=True,
                                   weight_decay=settings.weight_decay)
@@ -95,9 +95,7 @@ def pretrain(settings):
             schedule.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     torch.set_num_threads(threads)
-    trained = Encoder(config)  # with dropout
-    trained.load_state_dict(encoder.state_dict())
-    return trained
+    return encoder
 
 
 def pretrain_step(language_model, batch, settings):

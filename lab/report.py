@@ -21,7 +21,7 @@ from markdown.extensions.toc import slugify
 from data.tiny import TASKS
 from lab import figures
 from lab.claims import judge
-from lab.runs import (METHODS, by_rate, complete_units, last_error, look_up, read_plan, read_results, scaled,
+from lab.runs import (METHODS, complete_units, last_error, look_up, read_plan, read_results, scaled,
                       scales_of, tuning_scores)
 from plumbing.files import read_json, write_json, write_lines, write_text
 
@@ -117,8 +117,8 @@ def tuning_grid(results, plan):
     """Mean validation score by learning rate; the chosen one is bold."""
     rows = []
     for method, means in tuning_scores(results, plan["tuning"]).items():
-        cells = {rate: f"{means[rate]:.3f} at {rate}" if rate in means else f"{rate}: a run failed"
-                 for rate in sorted(by_rate(plan["tuning"])[method], key=float)}
+        cells = {rate: f"{rate}: a run failed" if means[rate] is None else f"{means[rate]:.3f} at {rate}"
+                 for rate in sorted(means, key=float)}
         cells[plan["rates"][method]] = f"**{cells[plan['rates'][method]]}**"
         rows.append([method, *cells.values()])
     return grid(["", *(f"rate {i}" for i in range(1, max(map(len, rows))))], rows)
@@ -164,11 +164,10 @@ def write_report(out):
 
 def as_markdown(out, plan, results, units, **more):
     """page.md, filled in."""
-    page = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-                              undefined=jinja2.StrictUndefined)
-    page.filters["cell"] = lambda text: text.replace("|", "\\|")
+    page = jinja2.Template(PAGE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True,
+                           keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     first = results[f"LP-{units[0]}"]
-    text = page.from_string(PAGE.read_text(encoding="utf-8")).render(more | {
+    text = page.render(more | {
         "TASKS": TASKS, "commands": commands(plan), "interval": interval,
         "table_grid": table_grid, "tuning_grid": tuning_grid,
         "plan": plan, "units": units, "data": Path(str(first.get("data"))).name,

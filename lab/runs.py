@@ -80,27 +80,23 @@ def scaled(name, factor):
     return name if factor == 1 else f"{name}-scale{factor:g}"
 
 
-def by_rate(tuning):
-    """{method: {rate: [runs]}} of the names of tuning runs."""
-    runs = {}
+def tuning_scores(results, tuning):
+    """{method: {rate: mean validation score, None if a run is not finished}} of the names of tuning runs."""
+    scores = {}
     for run in tuning:
         method, rate = run.removeprefix("tune-").rsplit("-", 1)[0].split("=")
-        runs.setdefault(method, {}).setdefault(rate, []).append(run)
-    return runs
-
-
-def tuning_scores(results, tuning):
-    """{method: {rate: mean validation score}} of the rates of which every run is finished."""
-    return {method: {rate: statistics.mean(results[run][f"val_{results[run]['metric']}"] for run in runs)
-                     for rate, runs in rates.items() if all(run in results for run in runs)}
-            for method, rates in by_rate(tuning).items()}
+        score = results[run][f"val_{results[run]['metric']}"] if run in results else None
+        scores.setdefault(method, {}).setdefault(rate, []).append(score)
+    return {method: {rate: None if None in of_units else statistics.mean(of_units)
+                     for rate, of_units in rates.items()} for method, rates in scores.items()}
 
 
 def choose_rates(results, tuning):
     """{method: rate of the highest mean validation score}; of equals the smallest. No test split is read."""
-    scores = tuning_scores(results, tuning)
-    for method in scores:
-        if not scores[method]:
+    chosen = {}
+    for method, means in tuning_scores(results, tuning).items():
+        finished = [rate for rate in means if means[rate] is not None]
+        if not finished:
             raise ValueError(f"no learning rate of {method} has all its tuning runs finished")
-    return {method: max(means, key=lambda rate: (means[rate], -float(rate)))
-            for method, means in scores.items()}
+        chosen[method] = max(finished, key=lambda rate: (means[rate], -float(rate)))
+    return chosen

@@ -162,8 +162,9 @@ def test_the_score_of_cola_is_drawn_again_as_matthews_correlation():
     """Draws of texts give the metric that tables have, not accuracy."""
     part = claims.CLAIMS[2][3][0]
     labels = np.array([1] * 90 + [0] * 10)
-    logits = {"LP-FT": {"test": np.eye(2)[labels]}, "FT": {"test": np.eye(2)[np.ones(100, int)]}}  # always 1: 0
-    assert part.predictions(logits, {"test": labels}, "matthews") == pytest.approx(1.0)
+    logits = {"LP-FT": np.eye(2)[labels], "FT": np.eye(2)[np.ones(100, int)]}  # always 1: 0
+    arrays = {name: {"logits_test": of, "labels_test": labels} for name, of in logits.items()}
+    assert part.predictions(arrays, {"test": np.arange(100)}, "matthews") == pytest.approx(1.0)
 
 
 def test_the_chance_of_shared_texts_is_added_to_that_of_units():
@@ -198,11 +199,12 @@ def test_intervals_cover_what_they_say(monkeypatch, spread):
     part = claims.CLAIMS[2][3][0]  # the score in distribution, LP-FT - FT
     inside = []
     for _ in range(200):
-        hard, logits, values = {name: rng.random(400) for name in ("LP-FT", "FT")}, {}, []  # of each text
+        hard, logits, values = {name: rng.random(400) for name in ("LP-FT", "FT")}, [], []  # of each text
         for seed in range(3):
             guess = {name: np.where(hard[name] < 0.5 + rng.uniform(-1, 1) * spread, 0, 1) for name in hard}
-            logits[seed] = ({name: {"test": np.eye(2)[g]} for name, g in guess.items()}, {"test": np.zeros(400, int)})
-            values.append(part.predictions(*logits[seed], "accuracy"))
+            labels = {"labels_test": np.zeros(400, int)}
+            logits.append({"LP": labels} | {name: labels | {"logits_test": np.eye(2)[g]} for name, g in guess.items()})
+            values.append(part.predictions(logits[seed], {"test": np.arange(400)}, "accuracy"))
         of_texts = claims.variance_of_texts(part, logits, "accuracy")
         _, lower, upper, _ = claims.paired_t(values, 0.0, of_texts)
         inside.append(lower <= 0.0 <= upper)
