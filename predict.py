@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import count_unknown, encode
 from data.readers import decode_lines
 from lpft import predict
-from plumbing.devices import choose_device, memory_advice
+from plumbing.devices import choose_device
 from plumbing.export import load_classifier
 from plumbing.flags import Parser, exit_status, run_main
 
@@ -80,9 +80,6 @@ def run(args):
         tqdm.write(f"predict.py: T is 1, not fitted: {settings['temperature_reason']}", file=sys.stderr)
     if sys.stdout is None or args.file is None and sys.stdin is None:
         raise ValueError("standard input or output is closed")
-    if args.file is not None and (args.file.is_dir() or not args.file.exists()):
-        what = "is a folder" if args.file.is_dir() else "no such file"
-        raise ValueError(f"{args.file}: {what}; expected a file of texts")
     lines, name = (open(args.file, "rb"), args.file) if args.file else (sys.stdin.buffer, "standard input")
     rows, labels = read_texts(lines, name, settings["pairs"]), settings["labels"]
     if args.format == "tsv":
@@ -118,8 +115,7 @@ def main(argv=None):
 
     def work():
         try:
-            with memory_advice("--batch-size"):
-                run(args)
+            run(args)
         except BrokenPipeError:  # the reader, such as head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush into it
 

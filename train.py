@@ -56,7 +56,8 @@ def parse_args(argv=None):
 def run(args, state):
     """One run, in the order of the paper; returns the dict that result.json holds."""
     task, encoder, tokenizer = load(args)
-    state.load(flags.identity(args) | {"data and encoder": run_folder.fingerprint(task, encoder)})
+    numbers_depend_on = flags.configuration(args, "out", "export")
+    state.load(numbers_depend_on | {"data and encoder": run_folder.fingerprint(task, encoder)})
     flags.print_configuration(args, task, encoder)
     torch.manual_seed(args.seed)
     model = Classifier(encoder, len(task.labels)).to(args.device)
@@ -137,8 +138,7 @@ def ntk_stage(args, model, task):
     picked = draw_ntk_samples(args.ntk, args.seed, task)
     labels, test_labels = (task.splits[name].labels[indices] for name, indices in picked.items())
     batches, places = zip(*(task.splits[name].batches(indices, 16) for name, indices in picked.items()))
-    with devices.memory_advice("--ntk or --max-length"):
-        kernels = vars(ntk.empirical_ntk(model.eval(), *batches))
+    kernels = vars(ntk.empirical_ntk(model.eval(), *batches))
     # in the order of `picked`, not of the batches: the folds of kernel regression depend on it
     kernels = {name: kernel[places["test" in name]][:, :, places[0]] for name, kernel in kernels.items()}
     P, F, test_P, test_F = kernels.values()  # (N, C, N, C), twice; (M, C, N, C), twice
@@ -182,10 +182,9 @@ def ft_stage(args, model, tokenizer, task, state, lp_record):
     for record in state.saved.get("history", []):  # of a run that is resumed
         on_epoch(record)
     try:
-        with devices.memory_advice("--batch-size or --max-length"):
-            history = fine_tune(model, task.splits["train"], task.splits["val"], lr=args.lr, seed=args.seed,
-                                batch_size=args.batch_size, epochs=args.epochs, metric=task.metric,
-                                on_epoch=on_epoch, state=state)
+        history = fine_tune(model, task.splits["train"], task.splits["val"], lr=args.lr, seed=args.seed,
+                            batch_size=args.batch_size, epochs=args.epochs, metric=task.metric,
+                            on_epoch=on_epoch, state=state)
     except NotFinite as error:
         kept = export.save_unfinished(args, model, tokenizer, task, error)
         raise ValueError(f"{error}{kept}") from None

@@ -9,7 +9,6 @@ paper's.
 Shapes: N samples, L tokens of the longest sample in the batch.
 """
 
-from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,16 +40,11 @@ class Split:
 
     def __init__(self, examples, pad_token_id):
         """`examples`: an iterable of (input_ids, token_type_ids, label index), lists of one length."""
-        ids, types, lengths, labels = array("i"), array("B"), array("q"), array("q")
-        for input_ids, token_type_ids, label in examples:
-            ids.extend(input_ids)
-            types.extend(token_type_ids)
-            lengths.append(len(input_ids))
-            labels.append(label)
-        self.ids, self.types = np.asarray(ids, np.int32), np.asarray(types, np.uint8)  # (all tokens,)
-        self.lengths = np.asarray(lengths, np.int64)  # (N,)
+        ids, types, labels = zip(*((np.array(i, np.int32), np.array(t, np.uint8), y) for i, t, y in examples))
+        self.ids, self.types = np.concatenate(ids), np.concatenate(types)  # (all tokens,)
+        self.lengths = np.array([len(i) for i in ids])  # (N,)
         self.starts = np.cumsum(self.lengths) - self.lengths  # (N,)
-        self.labels = torch.tensor(np.asarray(labels, np.int64))  # (N,)
+        self.labels = torch.tensor(labels)  # (N,)
         self.pad_token_id = pad_token_id
 
     def __len__(self):
@@ -141,7 +135,12 @@ def read_task(name_or_directory, data_dir=None, language=None):
     pairs = rows["train"][0][2] is not None
     splits = {split: check_rows(rows[split], labels, pairs) for split in rows}
     if "val" not in splits:
-        splits["train"], splits["val"] = last_tenth(splits["train"], rows["train"][-1][0], [*labels.values()])
+        kept = len(splits["train"]) - len(splits["train"]) // 10
+        splits["train"], splits["val"] = splits["train"][:kept], splits["train"][kept:]
+        if len({index for *_, index in splits["val"]}) < 2:
+            raise ValueError(f"{rows['train'][-1][0]}: the end; there is no val file, and the last tenth of "
+                             f"{len(rows['train'])} rows, to be validation, has fewer than two classes; put "
+                             "the rows in random order, or add rows or a val file")
     order = dict.fromkeys(name for name in ("train", "val", "test", *splits) if name in splits)
     return Task({name: splits[name] for name in order}, [*labels.values()], metric, pairs, skipped,
                 str(name_or_directory))
@@ -158,17 +157,6 @@ def check_rows(rows, labels, pairs):
             raise ValueError(f"{where}: label {label[:60]!r}; expected one of {readers.listing(labels)}")
         checked.append((text_a, text_b, index[label]))
     return checked
-
-
-def last_tenth(rows, where, names):
-    """(rows for training, the last tenth for validation); `where` is the last row, for the message."""
-    kept = len(rows) - len(rows) // 10
-    if len({index for *_, index in rows[kept:]}) < 2:
-        why = (f"a tenth of the {len(rows)} rows is too few for validation; expected 20 rows or more"
-               if len(rows) < 20 else f"all of the last tenth of the {len(rows)} rows, to be validation, is "
-               f"{names[rows[-1][2]]}; put the rows in random order")
-        raise ValueError(f"{where}: the end; there is no val file, and {why}, or add a val file")
-    return rows[:kept], rows[kept:]
 
 
 def load_task(name_or_directory, tokenizer, max_length=128, data_dir=None, max_train=None, seed=0,

@@ -10,23 +10,31 @@ of theirs; validation is the last tenth of train. MRPC, BOSS and PubMed have a l
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Callable
 
 from data import readers
 
+SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
+GLUE = "https://dl.fbaipublicfiles.com/glue/data"
+SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
+PUBMED = "https://raw.githubusercontent.com/Franck-Dernoncourt/pubmed-rct/master"
+
 
 @dataclass
 class Corpus:
-    """Where the files of a data set lie and how they are read."""
+    """Where a data set is published, where its files lie and how they are read."""
 
     group: str  # the folder that the publisher's archives are unpacked into
     files: dict  # {split: path below it}
     read: Callable  # path -> yields (where, text_a, text_b or None, label); text_a is None in a row to skip
     labels: dict  # {label in the file: name}, in the order of the class indices
     metric: str = "accuracy"
+    urls: dict = field(default_factory=dict)  # {split: address}, or {"": address of a zip archive}
+    rows: dict = field(default_factory=dict)  # {split: number of rows}
+    sha256: dict = field(default_factory=dict)  # {split: of the file}, where known
     by_hand: str = ""  # where to get it, if no program can
 
 
@@ -115,32 +123,39 @@ def pubmed_rows(path):
             yield where, *readers.texts_of(where, row, "sentence"), readers.label_of(where, row)
 
 
-def superglue(folder, build, labels):
+def superglue(folder, train, test, build, labels):
     return Corpus("superglue", {"train": f"{folder}/train.jsonl", "test": f"{folder}/val.jsonl"},
-                  partial(superglue_rows, build=build), labels)
+                  partial(superglue_rows, build=build), labels, urls={"": f"{SUPERGLUE}/{folder}.zip"},
+                  rows={"train": train, "test": test})
 
 
-def glue(folder, read, labels, metric="accuracy"):
-    return Corpus("glue", {"train": f"{folder}/train.tsv", "test": f"{folder}/dev.tsv"}, read, labels, metric)
+def glue(folder, train, test, read, labels, metric="accuracy"):
+    return Corpus("glue", {"train": f"{folder}/train.tsv", "test": f"{folder}/dev.tsv"}, read, labels, metric,
+                  urls={"": f"{GLUE}/{folder}.zip"}, rows={"train": train, "test": test})
 
 
 CB_LABELS, RTE_LABELS = ("contradiction", "entailment", "neutral"), ("entailment", "not_entailment")
-PUBMED = "PubMed_20k_RCT_numbers_replaced_with_at_sign"
+PUBMED_FILES = {split: f"PubMed_20k_RCT_numbers_replaced_with_at_sign/{file}.txt"
+                for split, file in (("train", "train"), ("val", "dev"), ("test", "test"))}
 PUBMED_LABELS = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
 CORPORA = {
-    "boolq": superglue("BoolQ", columns("question", "passage"), {"False": "no", "True": "yes"}),
-    "cb": superglue("CB", columns("premise", "hypothesis"), {name: name for name in CB_LABELS}),
-    "rte": superglue("RTE", columns("premise", "hypothesis"), {name: name for name in RTE_LABELS}),
-    "wic": superglue("WiC", word_in_context, {"False": "different", "True": "same"}),
-    "wsc": superglue("WSC", pronoun, {"False": "another", "True": "the same"}),
-    "cola": glue("CoLA", partial(plain_rows, names=["source", "label", "mark", "sentence"],
-                                 texts=["sentence"], header=False),
+    "boolq": superglue("BoolQ", 9427, 3270, columns("question", "passage"), {"False": "no", "True": "yes"}),
+    "cb": superglue("CB", 250, 56, columns("premise", "hypothesis"), {name: name for name in CB_LABELS}),
+    "rte": superglue("RTE", 2490, 277, columns("premise", "hypothesis"),
+                     {name: name for name in RTE_LABELS}),
+    "wic": superglue("WiC", 5428, 638, word_in_context, {"False": "different", "True": "same"}),
+    "wsc": superglue("WSC", 554, 104, pronoun, {"False": "another", "True": "the same"}),
+    "cola": glue("CoLA", 8551, 1043, partial(plain_rows, names=["source", "label", "mark", "sentence"],
+                                             texts=["sentence"], header=False),
                  {"0": "unacceptable", "1": "acceptable"}, "matthews"),
     "mrpc": Corpus("glue", {"train": "MRPC/msr_paraphrase_train.txt", "test": "MRPC/msr_paraphrase_test.txt"},
                    partial(plain_rows, names=["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"],
                            texts=["#1 String", "#2 String"], label="Quality"),
-                   {"0": "different", "1": "paraphrase"}),
-    "sst2": glue("SST-2", partial(plain_rows, names=["sentence", "label"], texts=["sentence"]),
+                   {"0": "different", "1": "paraphrase"}, rows={"train": 4076, "test": 1725},
+                   urls={split: f"{SENTEVAL}/msr_paraphrase_{split}.txt" for split in ("train", "test")},
+                   sha256={"train": "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89",
+                           "test": "a04e271090879aaba6423d65b94950c089298587d9c084bf9cd7439bd785f784"}),
+    "sst2": glue("SST-2", 67349, 872, partial(plain_rows, names=["sentence", "label"], texts=["sentence"]),
                  {"0": "negative", "1": "positive"}),
     "amazon": Corpus("boss", {"train": "amazon/train.tsv", "test": "amazon/test.tsv",
                               "dynasent": "dynasent/test.tsv", "semeval": "semeval/test.tsv",
@@ -148,9 +163,9 @@ CORPORA = {
                      boss_rows, {"0": "negative", "1": "positive", "2": "neutral"},
                      by_hand="BOSS is linked from github.com/lifan-yuan/OOD_NLP; its sentiment folders are "
                              "amazon, dynasent, semeval, sst5"),
-    "pubmed20k": Corpus("pubmed-rct", {"train": f"{PUBMED}/train.txt", "val": f"{PUBMED}/dev.txt",
-                                       "test": f"{PUBMED}/test.txt"},
-                        pubmed_rows, {name: name for name in PUBMED_LABELS}),
+    "pubmed20k": Corpus("pubmed-rct", PUBMED_FILES, pubmed_rows, {name: name for name in PUBMED_LABELS},
+                        urls={split: f"{PUBMED}/{file}" for split, file in PUBMED_FILES.items()},
+                        rows={"train": 180040, "val": 30212, "test": 30135}),
 }
 # (batch size, learning rate) of the FT stage by task. For the embedded tasks chosen on validation
 # accuracy (README), for the paper's data sets those of the authors for RoBERTa-base, for a folder rates usual

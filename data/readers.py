@@ -11,12 +11,10 @@ line). Columns, in any case and order: `text` (or `sentence`), or `text_a` and `
 import csv
 import json
 import re
-import shlex
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 
 FORMATS = (".tsv", ".csv", ".jsonl")
 SPLITS = {"train": "train", "val": "val", "dev": "val", "validation": "val", "test": "test"}  # {file: split}
@@ -119,12 +117,8 @@ def decode_lines(lines, name):
             encoding = "UTF-16" if line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "WINDOWS-1252"
             if b"\0" in line and encoding != "UTF-16":
                 raise ValueError(f"{name}, line {number}: not a text file") from None
-            command = f"iconv -f {encoding} -t UTF-8"
-            if isinstance(name, Path):  # not standard input
-                old, new = (shlex.quote(str(path)) for path in (name, name.with_suffix(".utf8")))
-                command += f" {old} > {new} && mv {new} {old}"
             raise ValueError(f"{name}, line {number}: not UTF-8 text ({error.reason}); if it is {encoding}, "
-                             f"this converts it: {command}") from None
+                             f"iconv -f {encoding} -t UTF-8 FILE > NEW converts it") from None
 
 
 def read_jsonl(path):

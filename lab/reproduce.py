@@ -310,8 +310,8 @@ def reproduce(args, command):
 def main(argv=None):
     args = parse_args(argv)
     command = shlex.join(["python", "-m", "lab.reproduce", *(sys.argv[1:] if argv is None else argv)])
-    go_on = "; the same command goes on"
-    return exit_status("lab.reproduce", lambda: reproduce(args, command), lambda: go_on)
+    return exit_status("lab.reproduce", lambda: reproduce(args, command),
+                       lambda: "; the same command goes on")
 
 
 if __name__ == "__main__":

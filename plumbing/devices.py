@@ -1,6 +1,4 @@
-"""What a device can do and holds: precision, copies, random state, memory."""
-
-from contextlib import contextmanager
+"""What a device can do and holds: precision, copies, random state."""
 
 import torch
 
@@ -67,22 +65,3 @@ def set_random_state(state):
     torch.set_rng_state(state["cpu"])
     for kind in state.keys() - {"cpu"}:
         getattr(torch, kind).set_rng_state(state[kind])
-
-
-class OutOfMemory(MemoryError):
-    """Its message says what to lower."""
-
-
-@contextmanager
-def memory_advice(advice):
-    """Where memory runs out, OutOfMemory with what to lower; advice from further inside stays."""
-    try:
-        yield
-    except OutOfMemory:
-        raise
-    except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors
-        full = isinstance(error, MemoryError) or any(
-            words in str(error) for words in ("out of memory", "can't allocate memory"))  # of a GPU, of a CPU
-        if not full:
-            raise
-        raise OutOfMemory(f"out of memory; lower {advice}") from None

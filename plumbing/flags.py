@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -41,11 +42,17 @@ def exit_status(program, work, go_on=lambda: ""):
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted{go_on()}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ArithmeticError, MemoryError, NotImplementedError, Failed) as error:
+    except (ValueError, OSError, ArithmeticError, NotImplementedError, Failed) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         broken = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EPIPE  # disk, pipe
         bad_input = isinstance(error, (ValueError, OSError)) and getattr(error, "errno", None) not in broken
         return 2 if bad_input else 1
+    except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors, of a GPU or of a CPU
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        print(f"{program}: error: out of memory; lower --batch-size (of train.py --max-length, --max-train "
+              "or --ntk, too)", file=sys.stderr)
+        return 1
 
 
 def run_main(main):
@@ -114,35 +121,26 @@ def add_common_flags(parser):
 
 def check(parser, args):
     """Refuse, in one sentence, flags that do not go together and numbers out of range."""
-    stage = {"--epochs": args.epochs, "--batch-size": args.batch_size, "--lr": args.lr,
-             "--head-scale": args.head_scale}
-    lora = {"--lora-r": args.lora_r, "--lora-alpha": args.lora_alpha}
-    probe = {"--lp-scoring": args.lp_scoring, "--lp-inverse-l2": args.lp_inverse_l2}
-    if args.method == "lp" and args.lora:
-        parser.error("--method lp trains only the head, so --lora has nothing to adapt; "
-                     "use --method ft or lpft")
+    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    stage, lora = ("epochs", "batch_size", "lr", "head_scale"), ("lora_r", "lora_alpha")
     other = f"--data is {args.data}, not one of "
-    for flags, wrong, why in (
-            (stage | {"--ntk": args.ntk}, args.method == "lp", "--method lp has no FT stage"),
-            (lora, not args.lora, "it needs --lora"),
-            (probe, args.method == "ft", "--method ft does no linear probing"),
-            ({"--language": args.language}, args.data not in tiny.TASKS, other + ", ".join(tiny.TASKS)),
-            ({"--data-dir": args.data_dir}, args.data not in CORPORA, other + ", ".join(CORPORA)),
-            ({"--lp-scoring": args.lp_scoring}, args.lp_inverse_l2, "--lp-inverse-l2 fixes the penalty")):
-        for flag, value in flags.items():
-            if wrong and value is not None:
-                parser.error(f"{flag} has no effect: {why}")
-    positive = stage | lora | {"--lp-inverse-l2": args.lp_inverse_l2, "--max-train": args.max_train}
-    for flag, value in positive.items():
-        if value is not None and not 0 < value < 1e15:
-            parser.error(f"{flag} is {str(value)[:20]}; expected a number above 0")
-    for flag, value, least, most in (("--ntk", args.ntk, 1, 250),
-                                     ("--max-test", args.max_test, 0, 10**15),
-                                     ("--language", args.language, 0, 10**6),
-                                     ("--max-length", args.max_length, 8, 10**6),
-                                     ("--seed", args.seed, 0, 2**32 - 1)):
-        if value is not None and not least <= value <= most:
-            parser.error(f"{flag} is {value}; expected {least} to {most}")
+    for useless, names, why in (
+            (args.method == "lp", (*stage, "ntk", "lora"), "--method lp has no FT stage"),
+            (not args.lora, lora, "it needs --lora"),
+            (args.method == "ft", ("lp_scoring", "lp_inverse_l2"), "--method ft does no linear probing"),
+            (args.data not in tiny.TASKS, ("language",), other + ", ".join(tiny.TASKS)),
+            (args.data not in CORPORA, ("data_dir",), other + ", ".join(CORPORA)),
+            (args.lp_inverse_l2, ("lp_scoring",), "--lp-inverse-l2 fixes the penalty")):
+        for name in names:
+            if useless and name in given:
+                parser.error(f"--{name.replace('_', '-')} has no effect: {why}")
+    for name in (*stage, *lora, "lp_inverse_l2", "max_train"):
+        if not 0 < given.get(name, 1) < 1e15:
+            parser.error(f"--{name.replace('_', '-')} is {str(given[name])[:20]}; expected a number above 0")
+    for name, least, most in (("ntk", 1, 250), ("max_test", 0, 10**15), ("language", 0, 10**6),
+                              ("max_length", 8, 10**6), ("seed", 0, 2**32 - 1)):
+        if not least <= given.get(name, least) <= most:
+            parser.error(f"--{name.replace('_', '-')} is {given[name]}; expected {least} to {most}")
 
 
 def fill_defaults(args):
@@ -182,16 +180,10 @@ def language_of(model):
         return None
 
 
-def configuration(args):
+def configuration(args, *without):
     """The flags, defaults filled in, as values that JSON has."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-            if value is not None and name not in ("resume", "threads")}
-
-
-def identity(args):
-    """The flags that numbers depend on, by their names on the command line."""
-    return {f"--{name.replace('_', '-')}": value for name, value in configuration(args).items()
-            if name not in ("out", "export")}
+            if value is not None and name not in ("resume", "threads", *without)}
 
 
 def check_task(args, task, tokenizer, config):

@@ -21,7 +21,7 @@ from plumbing.files import load_tensors, save_tensors, write_json, write_text
 
 LOCK = "lock"  # name of the lock file in a folder
 UNFINISHED = "unfinished-run"  # a file in --export until it is whole, with the path of --out
-VERSION = 3  # of what states hold; higher when an older state cannot be gone on with
+VERSION = 4  # of what states hold; higher when an older state cannot be gone on with
 
 
 def lock_folder(folder):
@@ -114,8 +114,7 @@ def run_in_folder(args, run):
                     "threads": torch.get_num_threads(),
                     "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                  "tokenizers": tokenizers.__version__, "numpy": np.__version__}})
-            with devices.memory_advice("--max-length, --batch-size or --max-train"):
-                run(args, state)
+            run(args, state)
         state.path.unlink(missing_ok=True)
         if args.export:
             (args.export / UNFINISHED).unlink(missing_ok=True)
@@ -187,7 +186,7 @@ def claim_folders(args):
 
 def release_folders(args, lock, made):
     """After a failure before anything was saved, leave nothing that blocks the corrected command."""
-    for name in ("config.json", "metrics.jsonl", "ntk.npz"):
+    for name in ("config.json", "metrics.jsonl", "ntk.npz", "logits.npz"):
         (args.out / name).unlink(missing_ok=True)
     if args.export:
         (args.export / UNFINISHED).unlink(missing_ok=True)

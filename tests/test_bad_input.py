@@ -14,7 +14,7 @@ from plumbing.checkpoint import read_safetensors, write_safetensors
 # (flags, what the line says); the model is a random tiny encoder, the data the embedded task
 FLAGS = [
     ("--method sft", "argument --method: invalid choice: 'sft'"),
-    ("--method lp --lora", "--method lp trains only the head"),
+    ("--method lp --lora", "--lora has no effect: --method lp has no FT stage"),
     ("--lora-r 4", "--lora-r has no effect: it needs --lora"),
     ("--lora --lora-r 0", "--lora-r is 0; expected a number above 0"),
     ("--lora --lora-r 65", "--lora-r 65: more than the width 64"),
@@ -84,11 +84,11 @@ FILES = [
     ({"train.csv": "text,label\n"}, "train.csv, line 1: the file has no rows"),
     ({"train.csv": "text,label\n" + rows("a", "a", "a")}, "'a' is its only label"),
     ({"train.csv": "text,label\n" + rows(*"ababab", "c")},
-     "train.csv, line 8: the end; there is no val file, and a tenth of the 7 rows is too few for validation; "
-     "expected 20 rows or more, or add a val file"),
+     "train.csv, line 8: the end; there is no val file, and the last tenth of 7 rows, to be validation, has "
+     "fewer than two classes; put the rows in random order, or add rows or a val file"),
     ({"train.csv": "text,label\n" + rows(*"a" * 20, *"b" * 20)},
-     "train.csv, line 41: the end; there is no val file, and all of the last tenth of the 40 rows, to be "
-     "validation, is b; put the rows in random order, or add a val "),
+     "train.csv, line 41: the end; there is no val file, and the last tenth of 40 rows, to be validation, has "
+     "fewer than two classes"),
     ({"train.csv": "text,label\n" + rows(*"ab" * 10) + "a good film,Ab \n" + rows(*["ab", "b"] * 10)},
      "train.csv, line 22: label 'Ab' occurs once, of the text 'a good film', and 'ab' 10 times; correct it, "
      "or, if it is a class of its own, add rows of it"),
@@ -119,9 +119,9 @@ FILES = [
     ({"train.csv": "text,text,label\nx,y,a\n"}, "the header has two columns 'text'"),
     ({"train.csv": GOOD.encode() + b"caf\xe9,a\n"},
      "train.csv, line 42: not UTF-8 text (invalid continuation byte); "
-     "if it is WINDOWS-1252, this converts it: iconv -f WINDOWS-1252 -t UTF-8 /"),
+     "if it is WINDOWS-1252, iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW converts it"),
     ({"train.csv": GOOD.encode("utf-16")}, "train.csv, line 1: not UTF-8 text (invalid start byte); "
-     "if it is UTF-16, this converts it: iconv -f UTF-16 -t UTF-8 /"),
+     "if it is UTF-16, iconv -f UTF-16 -t UTF-8 FILE > NEW converts it"),
     ({"train.csv": GOOD, "train.tsv": GOOD}, "a second file for the split train"),
     ({"train.csv": GOOD, "devel.csv": GOOD}, "devel.csv: not a name that is read"),
     ({"train.csv": GOOD, "dev.csv": GOOD, "validation.csv": GOOD}, "on.csv: a second file for the split val"),
@@ -196,7 +196,7 @@ CHECKPOINTS = [
     (config(num_attention_heads=0), "num_attention_heads"),
     (config(num_hidden_layers="two"), "num_hidden_layers"),
     (config(hidden_act="relu"), "relu"),
-    (config(vocab_size=100), "config.json makes it (100, 64)"),
+    (config(vocab_size=100), "does not fit config.json (size mismatch for word_embeddings.weight"),
     (config(num_hidden_layers=3), "model.safetensors"),
     (remove("tokenizer.json"), "tokenizer.json: no such file"),
     (write("tokenizer.json", b"{}"), "tokenizer.json: not a tokenizers file"),
@@ -207,8 +207,8 @@ CHECKPOINTS = [
     (cut("model.safetensors", 100), "model.safetensors: not a whole safetensors file"),
     (cut("model.safetensors", 100_000), "claims bytes"),
     (write("model.safetensors", b"\x02\x00\x00\x00\x00\x00\x00\x00[]"), "broken safetensors header"),
-    (weights(lambda tensors: tensors.pop(EMBEDDINGS)), EMBEDDINGS),
-    (weights(lambda tensors: tensors.update({EMBEDDINGS: torch.zeros(282, 32)})), EMBEDDINGS),
+    (weights(lambda tensors: tensors.pop(EMBEDDINGS)), 'Missing key(s) in state_dict: "word_embeddings.weight"'),
+    (weights(lambda tensors: tensors.update({EMBEDDINGS: torch.zeros(282, 32)})), "[282, 32]) from checkpoint"),
     (weights(lambda tensors: tensors[EMBEDDINGS].fill_(float("nan"))), "NaN or infinity"),
     (bin_with_code, "model.safetensors: no such file; weights in other formats"),
 ]

@@ -186,13 +186,13 @@ def test_other_names_of_validation_and_text(tmp_path, name):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_the_command_that_a_file_in_another_encoding_gets_converts_it(tmp_path, encoding):
-    path, text = tmp_path / "my train.csv", "text,label\nA “café”, perhaps,a\n"
-    path.write_bytes(text.replace("café”, perhaps", "café”").encode(encoding))
+    path = tmp_path / "train.csv"
+    path.write_bytes("text,label\nA “café”,a\n".encode(encoding))
     with pytest.raises(ValueError, match="not UTF-8 text") as refused:
         list(readers.read_rows(path))
-    command = str(refused.value).split("this converts it: ")[1]
-    subprocess.run(["bash", "-c", command], check=True)
-    assert [row[1:] for row in readers.read_rows(path)] == [("A “café”", None, "a")]
+    command = str(refused.value).split(", ")[-1].removesuffix(" converts it")
+    subprocess.run(["bash", "-c", command.replace("FILE", str(path)).replace("NEW", str(tmp_path / "new.csv"))], check=True)
+    assert [row[1:] for row in readers.read_rows(tmp_path / "new.csv")] == [("A “café”", None, "a")]
 
 
 def test_integer_labels_are_sorted_as_numbers():
@@ -255,7 +255,7 @@ BAD_FILES = [
     ("train.csv", b"text,class\nfine,0\n", "line 1: .* is: text, class; expected text .* and label"),
     ("train.csv", b"", "line 1: the file has no rows"),
     ("train.csv", b"text,label\nfine,0\ngood,0\n", "line 3: the end of the file; '0' is its only label"),
-    ("train.csv", b"text,label\nfine,0\ngood,1\n", "line 3: the end; .* too few for validation"),
+    ("train.csv", b"text,label\nfine,0\ngood,1\n", "line 3: the end; .* fewer than two classes"),
     ("train.jsonl", b'{"text": "a", "label": 0}\n{"text": \n', "line 2: not JSON"),
     ("train.jsonl", b'["a", 0]\n', "line 1: expected one JSON object a line"),
     ("train.jsonl", b'{"text": 5, "label": 0}\n', "line 1: text is 5"),

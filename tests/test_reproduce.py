@@ -4,8 +4,6 @@ import base64
 import json
 import os
 import re
-import shlex
-import signal
 import statistics
 import subprocess
 import sys

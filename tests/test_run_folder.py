@@ -19,7 +19,6 @@ import torch
 
 import lpft
 import predict as predict_command
-import ntk
 from plumbing import export, files, run_folder
 import train
 from plumbing.checkpoint import write_safetensors
@@ -287,8 +286,8 @@ def test_resume_takes_the_flags_of_the_run_and_no_others(unfinished, tmp_path, c
     assert "expected no other flag" in refusal(["--resume", run, "--lr", "1"], capsys)
     assert "holds no config.json" in refusal(["--resume", tmp_path], capsys)
     config = json.loads((run / "config.json").read_text())
-    for changed, said in (({"lr": 1.0}, "with --lr 1e-05, now it is 1.0"), ({"lr": -1}, "--lr is -1"),
-                          ({"depth": 3}, "'depth' is no flag"), ({"max_train": 100}, "with --max-train None, now it is 100")):
+    for changed, said in (({"lr": 1.0}, "with lr 1e-05, now it is 1.0"), ({"lr": -1}, "--lr is -1"),
+                          ({"depth": 3}, "'depth' is no flag"), ({"max_train": 100}, "with max_train None, now it is 100")):
         (run / "config.json").write_text(json.dumps(config | changed))
         assert said in refusal(["--resume", run], capsys)
     (run / "config.json").write_text("{")
@@ -497,20 +496,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_best_weights_before(ra
     assert len(files.load_tensors(tmp_path / "b" / "state")["history"]) == 2  # no state of the ruined epoch
 
 
-def test_memory_that_runs_out_is_one_line_with_what_to_lower(random_folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")])
+def test_memory_that_runs_out_is_one_line_with_what_to_lower(random_folder, tmp_path, capsys, monkeypatch, error):
     def full(*arguments, **more):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        raise error
 
-    for module, name, said in ((train, "fine_tune", "lower --batch-size or --max-length"),
-                               (ntk, "empirical_ntk", "lower --ntk or --max-length"),
-                               (train, "evaluate", "lower --max-length, --batch-size or --max-train")):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, full)
-            out = tmp_path / name
-            assert train.main(["--model", str(random_folder), "--method", "ft", "--epochs", "1", "--ntk", "40", "--out",
-                               str(out)]) == 1
-            last = capsys.readouterr().err.splitlines()[-1]
-            assert last == f"train.py: error: out of memory; {said}"
+    monkeypatch.setattr(train, "fine_tune", full)
+    assert train.main(["--model", str(random_folder), "--method", "ft", "--out", str(tmp_path / "run")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train.py: error: out of memory; lower --batch-size")
+    assert not (tmp_path / "run").exists()  # the same command, corrected, finds it free
+
+
+def test_other_runtime_errors_are_not_called_memory(random_folder, tmp_path, monkeypatch):
+    def broken(*arguments, **more):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(train, "fine_tune", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        train.main(["--model", str(random_folder), "--method", "ft", "--out", str(tmp_path / "run")])
+
+
+def test_a_full_disk_at_the_end_of_lp_leaves_the_folder_free(random_folder, tmp_path, capsys, monkeypatch):
+    """logits.npz is written before the weights; alone in the folder, it would refuse the same command."""
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    command = ["--model", str(random_folder), "--method", "lp", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "write_safetensors", full)
+        assert train.main(command) == 1
+    assert train.main(command) == 0
 
 
 def test_predict_says_what_to_lower_too(random_folder, tmp_path, capsys, monkeypatch):
@@ -521,7 +538,8 @@ def test_predict_says_what_to_lower_too(random_folder, tmp_path, capsys, monkeyp
     (tmp_path / "texts").write_text("good\n")
     monkeypatch.setattr(predict_command, "predict", full)
     assert predict_command.main([str(tmp_path / "run"), str(tmp_path / "texts")]) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "predict.py: error: out of memory; lower --batch-size"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("predict.py: error: out of memory; lower --batch-size")
 
 
 def test_what_json_has_no_word_for_is_null_wherever_it_stands(tmp_path):
