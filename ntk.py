@@ -206,9 +206,14 @@ def linear_kernel(kernel, layer, a, g):
         kernel += ((a @ a[:rows].T) * (g @ g[:rows].T)).to(kernel.device)
         return
     size = max(1, min(out, MAX_NUMBERS[g[0].is_cuda] // (R * r * width)))  # outputs at a time
+    J = g[0].new_empty(R, r, size, width)
     for o in range(0, out, size):
-        J = [g_n[..., o:o + size].mT.flatten(1, 2) @ a_n for a_n, g_n in zip(a, g)]  # (n, r size, in)
-        exact.add_gram(kernel, torch.cat(J).view(R * r, -1))
+        J, first = J[:, :, :out - o], 0
+        for a_n, g_n in zip(a, g):
+            for k in range(r):
+                torch.bmm(g_n[:, k, :, o:o + size].transpose(1, 2), a_n, out=J[first:first + len(a_n), k])
+            first += len(a_n)
+        exact.add_gram(kernel, J.flatten(2).flatten(0, 1))
 
 
 def layernorm_jacobian(layer, a, g):
