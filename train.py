@@ -234,8 +234,9 @@ def print_table(args, result):
     with_t = f"after dividing logits by T = {result['temperature']:.4g}, fitted on validation"
     if result["temperature_reason"]:
         with_t = f"with T = 1, not fitted: {result['temperature_reason']}"
-    legend = f"ECE/T, MCE/T: {with_t}. Diff(F): from the pre-trained encoder.\n" if result["accuracy"] else ""
-    print(f"\n{legend}Head norm {result['head_norm_initial']:.3f} -> {result['head_norm']:.3f}.  "
+    legend = f"ECE/T, MCE/T: {with_t}. Diff(F): from the pre-trained encoder." if result["accuracy"] else (
+        f"predict.py gives probabilities {with_t}.")
+    print(f"\n{legend}\nHead norm {result['head_norm_initial']:.3f} -> {result['head_norm']:.3f}.  "
           f"Everything is in {args.out}" + f", for other tools in {args.export}" * bool(args.export) + ".\n")
     line = {"method": args.method + "-lora" * args.lora, "data": args.data, "seed": args.seed}
     for score in reversed(scores):  # accuracy first

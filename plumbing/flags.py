@@ -228,7 +228,7 @@ def print_configuration(args, task, encoder):
     phi = "the first token" if encoder.config.pooling == "first" else "the mean over tokens"
     print(f"  features          {phi}")
     if len(task.splits["val"]) < 30:
-        print("  note              val is small: which epoch is kept, and T, are luck to a large part")
+        print("  note              val is small: what is chosen by it is luck to a large part")
     if task.skipped:
         counts = ", ".join(f"{name} {count}" for name, count in task.skipped.items())
         print(f"  skipped           rows without text: {counts}")

@@ -305,10 +305,13 @@ def test_the_exported_tokenizer_gives_the_same_ids(run):
 
 
 def test_a_file_that_cannot_be_read_is_named(run, tmp_path, capsys):
-    for path, what in ((tmp_path / "none.txt", "No such file"), (tmp_path, "Is a directory")):
+    """A table, too: its header would be a text, its labels part of one."""
+    table = tmp_path / "train.csv"
+    table.write_text("text,label\ngood,yes\n")
+    for path, what in ((tmp_path / "none.txt", "no such file"), (tmp_path, "no such file"), (table, "is not lines of text")):
         assert predict.main([str(run[0]), str(path)]) == 2
-        error = capsys.readouterr().err
-        assert what in error and error.endswith(f"'{path}'\n") and len(error.splitlines()) == 1
+        expected = f"predict.py: error: {path}: {what}; expected one sample a line, without header or label\n"
+        assert capsys.readouterr().err == expected
     with pytest.raises(SystemExit):
         predict.main([str(run[0]), "--form", "jsonl"])  # flags are not abbreviated
     assert "unrecognized arguments: --form" in capsys.readouterr().err
