@@ -81,7 +81,7 @@ def run(args):
     if sys.stdout is None or args.file is None and sys.stdin is None:
         raise ValueError("standard input or output is closed")
     if args.file and (not args.file.exists() or args.file.is_dir() or args.file.suffix in (".csv", ".jsonl")):
-        what = "is not lines of text" if args.file.is_file() else "no such file"
+        what = "is not lines of text" if args.file.exists() else "no such file"
         raise ValueError(f"{args.file}: {what}; expected one sample a line, without header or label")
     lines, name = (open(args.file, "rb"), args.file) if args.file else (sys.stdin.buffer, "standard input")
     rows, labels = read_texts(lines, name, settings["pairs"]), settings["labels"]

@@ -73,12 +73,18 @@ def load_pretrained(name, pooling="auto"):
         plain = name.removeprefix("bert.").removeprefix("roberta.")
         plain = plain.replace(".gamma", ".weight").replace(".beta", ".bias")  # names of the first releases
         if not plain.startswith(UNUSED):
-            state[names.get(plain, name)] = tensor
-    try:
-        encoder.load_state_dict(state)  # copies into float32, whatever the file holds
-    except RuntimeError as error:  # torch lists every tensor
-        reason = str(error).splitlines()[1].strip()[:200]
-        raise ValueError(f"{path}: does not fit config.json ({reason})") from None
+            if plain not in names:
+                raise ValueError(f"{path}: tensor {name!r} has no place in a {config.model_type} encoder "
+                                 f"of {config.num_hidden_layers} layers")
+            state[names[plain]] = tensor
+    for theirs, ours in names.items():
+        expected = encoder.get_parameter(ours).shape
+        if ours not in state:
+            raise ValueError(f"{path}: tensor {theirs!r} is missing")
+        if state[ours].shape != expected:
+            raise ValueError(f"{path}: tensor {theirs!r} has shape {tuple(state[ours].shape)}, "
+                             f"config.json makes it {tuple(expected)}")
+    encoder.load_state_dict(state)  # copies into float32, whatever the file holds
     return encoder, read_tokenizer(directory / "tokenizer.json", config.vocab_size)
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
-# cuDNN's attention, which PyTorch 2.11 prefers on an H100, gives NaN gradients where a batch is 64 tokens
-# long and all logits of a query are below -89 (PyTorch's issue 196678); the other implementations do not.
+# cuDNN's attention, which PyTorch 2.11 prefers on an H100, can give NaN gradients where there is a mask
+# and all logits of a query are below -89 (PyTorch's issue 196678); the other implementations do not.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 

@@ -50,8 +50,9 @@ def exit_status(program, work, go_on=lambda: ""):
     except (MemoryError, RuntimeError) as error:  # PyTorch's are RuntimeErrors, of a GPU or of a CPU
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        print(f"{program}: error: out of memory; lower --batch-size (of train.py --max-length, --max-train "
-              "or --ntk, too)", file=sys.stderr)
+        lower = {"train.py": "; lower --max-length, --max-train, --ntk or --batch-size",
+                 "predict.py": "; lower --batch-size"}.get(program, "")
+        print(f"{program}: error: out of memory{lower}", file=sys.stderr)
         return 1
 
 

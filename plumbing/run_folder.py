@@ -60,7 +60,7 @@ class RunState:
             return
         saved = load_tensors(self.path)
         before = saved.get("start", {})
-        for name in sorted(before | self.start):
+        for name in sorted(before | self.start, key=lambda name: name != "version"):  # it explains others
             if before.get(name) != self.start.get(name):
                 raise ValueError(f"{self.path}: was saved with {name} {str(before.get(name))[:40]}, now it "
                                  f"is {str(self.start.get(name))[:40]}; the result would not be that of an "

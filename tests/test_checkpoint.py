@@ -314,9 +314,9 @@ def test_old_names_load_alike(minilm, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("encoder.layer.1.output.dense.bias"), r"Missing key.*layers\.1\.ffn_out\.bias"),
-    (lambda s: s.update({"encoder.layer.2.output.dense.bias": torch.zeros(64)}), r"Unexpected key.*encoder\.layer\.2\.output\.dense\.bias"),
-    (lambda s: s.update({"embeddings.LayerNorm.bias": torch.zeros(7)}), r"size mismatch for embedding_norm\.bias.*\[7\].*\[64\]"),
+    (lambda s: s.pop("encoder.layer.1.output.dense.bias"), "encoder.layer.1.output.dense.bias.*missing"),
+    (lambda s: s.update({"encoder.layer.2.output.dense.bias": torch.zeros(64)}), "layer.2.*no place"),
+    (lambda s: s.update({"embeddings.LayerNorm.bias": torch.zeros(7)}), r"embeddings.LayerNorm.*\(7,\)"),
 ])
 def test_a_tensor_missing_left_over_or_misshapen_is_named(random_folder, tmp_path, change, message):
     from plumbing.checkpoint import read_safetensors, write_safetensors

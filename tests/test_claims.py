@@ -167,6 +167,26 @@ def test_the_score_of_cola_is_drawn_again_as_matthews_correlation():
     assert part.predictions(arrays, {"test": np.arange(100)}, "matthews") == pytest.approx(1.0)
 
 
+def test_validation_is_no_test_set_out_of_distribution():
+    """What T and the epoch are chosen on has no part in the interval of an OOD score."""
+    rng, part = np.random.default_rng(1), claims.CLAIMS[2][2]  # the score out of distribution, LP-FT - FT
+    right = {f"labels_{split}": np.zeros(50, int) for split in ("test", "films")}
+    arrays = {name: right | {f"logits_{split}": np.eye(2)[rng.integers(2, size=50)] for split in ("test", "films")}
+              for name in METHODS}
+    with_val = {name: {"labels_val": np.zeros(50, int), "logits_val": np.eye(2)[rng.integers(2, size=50)]} | array
+                for name, array in arrays.items()}
+    variance = claims.variance_of_texts(part, [arrays], "accuracy")
+    assert variance > 0 and claims.variance_of_texts(part, [with_val], "accuracy") == variance
+
+
+@pytest.mark.parametrize("content", [b"", b"PK"])
+def test_logits_that_are_cut_are_named(tmp_path, content):
+    (tmp_path / "runs" / "LP-0").mkdir(parents=True)
+    (tmp_path / "runs" / "LP-0" / "logits.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="LP-0/logits.npz: not the logits that train.py writes"):
+        claims.read_logits(tmp_path, [0])
+
+
 def test_the_chance_of_shared_texts_is_added_to_that_of_units():
     """Values of variance 0.01 on 3 units and 0.02 by texts: by hand, with Welch and Satterthwaite's freedom."""
     mean, lower, upper, p = claims.paired_t([0.1, 0.2, 0.3], 0.0, 0.02)

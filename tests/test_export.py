@@ -308,7 +308,7 @@ def test_a_file_that_cannot_be_read_is_named(run, tmp_path, capsys):
     """A table, too: its header would be a text, its labels part of one."""
     table = tmp_path / "train.csv"
     table.write_text("text,label\ngood,yes\n")
-    for path, what in ((tmp_path / "none.txt", "no such file"), (tmp_path, "no such file"), (table, "is not lines of text")):
+    for path, what in ((tmp_path / "none.txt", "no such file"), (tmp_path, "is not lines of text"), (table, "is not lines of text")):
         assert predict.main([str(run[0]), str(path)]) == 2
         expected = f"predict.py: error: {path}: {what}; expected one sample a line, without header or label\n"
         assert capsys.readouterr().err == expected

@@ -594,7 +594,7 @@ def test_one_sample_or_no_spread_within_classes_has_no_cs_or_no_finite_fdr():
 
 
 def test_cudnn_attention_is_off():
-    """Else LoRA ends in NaN on an H100 at rates where it merely fails to learn elsewhere (next test)."""
+    """On an H100 LoRA ended in NaN at rates where it merely fails to learn elsewhere (next test)."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

@@ -70,6 +70,7 @@ def test_the_same_seed_pre_trains_the_same_encoder_whatever_the_number_of_thread
             assert torch.get_num_threads() == threads  # what follows has its own again
     finally:
         torch.set_num_threads(before)
+    assert not found[0].training  # a few thousand masked words are learnt without dropout
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0].parameters(), other.parameters()))
 
