@@ -207,8 +207,11 @@ def test_a_folder_of_your_own_without_test_file(random_folder, tmp_path, capsys)
     (tmp_path / "train.csv").write_text("\n".join(["text,label", *rows]))
     arguments = ["--method", "lpft", "--epochs", "1", "--model", str(random_folder)]
     assert train.main([*arguments, "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 0
-    assert "only validation accuracy" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] == {}
+    printed = capsys.readouterr().out
+    assert "only validation accuracy" in printed
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert f"predict.py gives probabilities with T = 1, not fitted: {result['temperature_reason']}." in printed
+    assert result["accuracy"] == {}
 
 
 @pytest.mark.parametrize("name", ["ft", "ft-lora"])
