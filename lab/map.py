@@ -1,6 +1,7 @@
 """Accuracy in and out of distribution against the learning rate: the picture of LP-FT.
 
     python -m lab.map                    eight languages, 30, 60, 120 labels; --languages 3 for less
+    python -m lab.map --epochs 10 40     a second row: is FT at low rates only not trained out?
 
 One line a method, thin for each language, thick for their mean with its 95 % interval; LP, which has no rate,
 is a level. Written to --out: map.svg and .png (accuracy), map-mechanism.svg and .png (Diff(F), T and ECE),
@@ -8,6 +9,7 @@ map.json. T is drawn over the languages in which it could be fitted. Runs that a
 """
 
 import statistics
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,21 +24,30 @@ from plumbing.flags import Failed, Parser, exit_status, run_main
 
 RATES = {False: (1e-4, 3e-4, 1e-3, 3e-3), True: (5e-4, 2e-3, 5e-3, 1e-2)}  # {LoRA: grid}
 TASKS = {"tiny-30": "30 labels", "tiny": "60 labels", "tiny-120": "120 labels"}
+# the first of each picture is drawn for every number of epochs, the others for the first number
 MEASURES = {"map": {"OOD accuracy": "ood", "ID accuracy": "id"},
             "map-mechanism": {"Diff(F)": "diff", "temperature T": "temperature", "ECE": "ece"}}
 
 
-def map_runs(args, tasks):
-    """{name: flags of train.py}, named TASK/METHOD=RATE-LANGUAGE with . for /."""
+def rates_of(name):
+    method, lora = METHODS[name]
+    return RATES[lora] if method != "lp" else ("",)
+
+
+def run_of(task, epochs, name, rate, unit):
+    """The name of a run, with . for /; LP has neither rate nor epochs."""
+    return f"{task}.{name}-{unit}" if name == "LP" else f"{task}.{name}={rate}x{epochs}-{unit}"
+
+
+def map_runs(args):
+    """{name: flags of train.py}."""
     runs = {}
-    for task in tasks:
-        for name, (method, lora) in METHODS.items():
-            for rate in RATES[lora] if method != "lp" else ("",):
-                for unit in args.units:
-                    flags = reproduce.common_flags(args, name, unit)
-                    flags[flags.index("--data") + 1] = task
-                    flags += ["--lr", f"{rate:g}"] if rate else []
-                    runs[f"{task}.{name}={rate}-{unit}"] = flags
+    for task, epochs, name, unit in product(args.tasks, args.epochs, METHODS, args.units):
+        for rate in rates_of(name):
+            flags = reproduce.common_flags(args, name, unit)
+            flags[flags.index("--data") + 1] = task
+            flags += ["--lr", f"{rate:g}", "--epochs", str(epochs)] if rate else []
+            runs[run_of(task, epochs, name, rate, unit)] = flags
     return runs
 
 
@@ -48,26 +59,28 @@ def measure(result, measure):
             "temperature": result["temperature"]}[measure]  # None where it was not fitted
 
 
-def collect(results, tasks, units):
+def collect(results, tasks, epochs, units):
     """{task: {method: {measure: [[number for each language] for each rate]}}}, of what every language has."""
     numbers = {task: {} for task in tasks}
-    for task in tasks:
-        for name, (method, lora) in METHODS.items():
-            runs = {rate: [results.get(f"{task}.{name}={rate}-{unit}") for unit in units]
-                    for rate in (RATES[lora] if method != "lp" else ("",))}
-            runs = {rate: row for rate, row in runs.items() if None not in row}
-            numbers[task][name] = {"rates": [*runs]} | {
-                key: [[measure(result, key) for result in row] for row in runs.values()]
-                for measures in MEASURES.values() for key in measures.values()}
+    for task, name in product(tasks, METHODS):
+        runs = {rate: [results.get(run_of(task, epochs, name, rate, unit)) for unit in units]
+                for rate in rates_of(name)}
+        runs = {rate: row for rate, row in runs.items() if None not in row}
+        numbers[task][name] = {"rates": [*runs]} | {
+            key: [[measure(result, key) for result in row] for row in runs.values()]
+            for measures in MEASURES.values() for key in measures.values()}
     return numbers
 
 
 def draw(numbers, measures):
-    """Rows are measures, columns tasks."""
-    figure, axes = plt.subplots(len(measures), len(numbers), squeeze=False, sharex=True, sharey="row",
-                                figsize=(0.5 + 2.2 * len(numbers), 2.4 * len(measures)))
-    for row, (title, key) in zip(axes, measures.items()):
-        for axis, (task, methods) in zip(row, numbers.items()):
+    """Rows are measures, columns tasks; numbers is {epochs: what collect gives}."""
+    first, *rest = measures.items()
+    rows = [(*first, epochs) for epochs in numbers] + [(*measure, next(iter(numbers))) for measure in rest]
+    columns = len(next(iter(numbers.values())))
+    figure, axes = plt.subplots(len(rows), columns, squeeze=False, sharex=True, sharey="row",
+                                figsize=(0.5 + 2.2 * columns, 2.4 * len(rows)))
+    for row, (title, key, epochs) in zip(axes, rows):
+        for axis, (task, methods) in zip(row, numbers[epochs].items()):
             for name, curves in methods.items():
                 colour, values = COLOURS[name], np.array(curves[key], float)  # (rates, languages), None: NaN
                 if not len(values) or name == "LP" and key == "diff":
@@ -82,23 +95,24 @@ def draw(numbers, measures):
                 axis.plot(rates, mean, color=colour, linewidth=2.5, linestyle=style, label=name)
                 axis.fill_between(rates, lower, upper, color=colour, alpha=0.15, linewidth=0)
             axis.set(xscale="log", yscale="log" if key == "temperature" else "linear")
-        row[0].set_ylabel(title)
-    for axis, task in zip(axes[0], numbers):
+        row[0].set_ylabel(title + f"\n{epochs} epochs" * (len(numbers) > 1))
+    for axis, task in zip(axes[0], numbers[epochs]):
         axis.set_title(TASKS[task])
     for axis in axes[-1]:
         axis.set_xlabel("learning rate")
-    figure.legend(*axes[1][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+    figure.legend(*axes[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
     return figure
 
 
-def make_map(args, tasks):
+def make_map(args):
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
-    runs = map_runs(args, tasks)
+    runs = map_runs(args)
     reproduce.refuse_other_flags(args, runs)
     failed = reproduce.run_all(args, reproduce.encoders(args), "encoders", 1)
     failed |= reproduce.run_all(args, runs, "runs")
-    numbers = collect(read_results(args.out, runs), tasks, args.units)
-    write_lines(args.out / "map.json", [{"languages": args.units, "tasks": numbers}])
+    results = read_results(args.out, runs)
+    numbers = {epochs: collect(results, args.tasks, epochs, args.units) for epochs in args.epochs}
+    write_lines(args.out / "map.json", [{"languages": args.units, "epochs": numbers}])
     for file, measures in MEASURES.items():
         save(args.out / file, draw, numbers, measures)
     print(f"map: {args.out / 'map.png'}, {args.out / 'map-mechanism.png'}, {args.out / 'map.json'}")
@@ -111,15 +125,15 @@ def main(argv=None):
     add = parser.add_argument
     add("--languages", type=int, default=8, metavar="N", help="languages 0 to N - 1 (default: 8)")
     add("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="panels (default: all)")
-    add("--epochs", type=int, metavar="N", help="of the FT stage (default: 10)")
+    add("--epochs", type=int, nargs="+", default=[10], metavar="N", help="of the FT stage; each number after "
+        "the first adds a row to each picture (default: 10)")
     add("--jobs", type=int, metavar="N", help="processes side by side (default: as lab.reproduce)")
     add("--out", type=Path, default=Path("reproduction/map"), help="folder (default: reproduction/map)")
     flags = parser.parse_args(argv)
     words = ["--languages", str(flags.languages), "--rates", "1", "--out", str(flags.out)]
-    for name in ("epochs", "jobs"):
-        words += [f"--{name}", str(getattr(flags, name))] if getattr(flags, name) is not None else []
-    args = reproduce.parse_args(words)
-    return exit_status("lab.map", lambda: make_map(args, flags.tasks), lambda: "; the same command goes on")
+    args = reproduce.parse_args(words + (["--jobs", str(flags.jobs)] if flags.jobs is not None else []))
+    args.tasks, args.epochs = flags.tasks, [*dict.fromkeys(flags.epochs)]
+    return exit_status("lab.map", lambda: make_map(args), lambda: "; the same command goes on")
 
 
 if __name__ == "__main__":

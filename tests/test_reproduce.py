@@ -625,23 +625,34 @@ def test_a_damaged_file_is_one_line_with_its_name(made_up_runs, tmp_path, capsys
     assert said in error and len(error.splitlines()) == 1
 
 
-def test_the_map_has_a_point_for_each_rate_method_and_language(made_up_runs, tmp_path):
-    """OOD is the mean of the other domains; LP has no rate; a run that is missing leaves its point out."""
+def test_the_map_has_a_point_for_each_rate_method_and_language(made_up_runs, tmp_path, monkeypatch):
+    """OOD is the mean of the other domains; LP has no rate; a run that is missing leaves its point out.
+
+    The first measure of each picture is drawn for every number of epochs, the others for the first.
+    """
     asked, failing = made_up_runs
-    command = ["--languages", "2", "--tasks", "tiny", "--out", str(tmp_path / "map")]
-    failing.add("tiny.FT=0.001-1")
+    command = ["--languages", "2", "--tasks", "tiny", "--epochs", "10", "40", "--out",
+               str(tmp_path / "map")]
+    failing.add("tiny.FT=0.001x10-1")
+    drawn = {}
+    monkeypatch.setattr(lab_map, "save", lambda path, draw, *what: (
+        drawn.update({path.name: [axis.get_ylabel() for axis in draw(*what).axes if axis.get_ylabel()]}),
+        figures.save(path, draw, *what)))
     results, one = made_up(units=range(2)), reproduce.start
 
     def start(args, name, flags):
         process = one(args, name, flags)
         if name not in failing and not name.startswith("encoder-"):
-            method, unit = name.split(".", 1)[1].split("=")[0], name.rsplit("-", 1)[1]
+            method, unit = name.split(".", 1)[1].rsplit("-", 1)
+            method = method.split("=")[0]
             (args.out / "runs" / name / "result.json").write_text(json.dumps(results[f"{method}-{unit}"]))
         return process
 
     reproduce.start = start
     assert lab_map.main(command) == 1
-    found = json.loads((tmp_path / "map" / "map.json").read_text())["tasks"]["tiny"]
+    found = json.loads((tmp_path / "map" / "map.json").read_text())["epochs"]
+    assert found["40"]["tiny"]["FT"]["rates"] == [1e-4, 3e-4, 1e-3, 3e-3]
+    found = found["10"]["tiny"]
     assert found["FT"]["rates"] == [1e-4, 3e-4, 3e-3] and found["LP-FT"]["rates"] == [1e-4, 3e-4, 1e-3, 3e-3]
     assert found["LP"]["rates"] == [""] and len(found["LP"]["ood"][0]) == 2
     expected = [statistics.mean(results[f"LP-FT-{u}"]["accuracy"][s] for s in ("web", "news")) for u in (0, 1)]
@@ -649,9 +660,13 @@ def test_the_map_has_a_point_for_each_rate_method_and_language(made_up_runs, tmp
     for measure, *keys in (("id", "accuracy", "test"), ("diff", "features", "test", "diff"),
                            ("temperature", "temperature"), ("ece", "calibration", "test", "ece")):
         assert found["LP-FT"][measure][2] == [runs.look_up(results[f"LP-FT-{u}"], *keys) for u in (0, 1)]
-    assert train.parse_args(asked["tiny.LP-LoRA=0.005-1"]).lr == 5e-3
+    last = train.parse_args(asked["tiny.LP-LoRA=0.005x40-1"])
+    assert (last.lr, last.epochs) == (5e-3, 40) and [*asked].count("tiny.LP-1") == 1
+    assert drawn == {"map": ["OOD accuracy\n10 epochs", "OOD accuracy\n40 epochs", "ID accuracy\n10 epochs"],
+                     "map-mechanism": ["Diff(F)\n10 epochs", "Diff(F)\n40 epochs", "temperature T\n10 epochs",
+                                       "ECE\n10 epochs"]}
     for file in ("map.png", "map-mechanism.svg"):
         assert (tmp_path / "map" / file).stat().st_size > 5000
     failing.clear()
     asked.clear()
-    assert lab_map.main(command) == 0 and [*asked] == ["tiny.FT=0.001-1"]
+    assert lab_map.main(command) == 0 and [*asked] == ["tiny.FT=0.001x10-1"]
