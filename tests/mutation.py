@@ -63,8 +63,6 @@ EQUIVALENT = {
         'nothing is halved in the rounds that follow',
     ('plumbing/newton.py', 'conjugate_gradients', 'for _ in range(1000):', '1001'):
         'it ends long before',
-    ('lpft.py', 'fit_temperature', 'scale = float((logits - logits.mean(1, keepdim=True)).square().mean().sqrt())', '+'):
-        'where the search begins, not where it ends',
     ('lpft.py', 'fine_tune', 'fused=devices.device_of(model).type in ("cuda", "cpu"))', 'not in'):
         'the same Adam, by other code: slower',
     ('train.py', 'lp_stage', 'if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:', '>='):

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,12 @@ def test_an_open_task_earns_nothing_and_says_where_to_read(open_a4, capsys):
     assert "a4    0 of" in said and "not written yet: a4: fit_temperature is open; see assignments/a4.md" in said
 
 
+def test_a_folder_that_is_not_there_is_one_line_and_no_grade(tmp_path, capsys):
+    assert command.main(["grade", "all", str(tmp_path), str(tmp_path / "ada")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.endswith("ada: no such folder; expected one that holds model.py, lpft.py, ntk.py\n")
+
+
 def test_a_solved_task_earns_all_and_other_files_do_not_count(open_a4, tmp_path, capsys):
     """From the student's file come the functions of the task alone; whatever else is changed, is ignored."""
     theirs = tmp_path / "theirs"
@@ -91,9 +98,9 @@ def test_a_solved_task_earns_all_and_other_files_do_not_count(open_a4, tmp_path,
 
 
 @pytest.mark.parametrize("old, new, said", [
-    ("    unit = logits / scale\n", "    import sklearn\n    unit = logits / scale\n", "imports sklearn; allowed:"),
-    ("    unit = logits / scale\n", "    unit = open('x')\n", "uses open, which no solution needs"),
-    ("    unit = logits / scale\n", "    try:\n        unit = logits\n    except ValueError:\n        pass\n", "errors are not to be hidden"),
+    ("    low, high = 0.0, 1.0\n", "    import sklearn\n    low, high = 0.0, 1.0\n", "imports sklearn; allowed:"),
+    ("    low, high = 0.0, 1.0\n", "    low = open('x')\n", "uses open, which no solution needs"),
+    ("    low, high = 0.0, 1.0\n", "    try:\n        low = 0\n    except ValueError:\n        pass\n", "errors are not to be hidden"),
     ("def fit_temperature(", "def fit_temperatur(", "no function fit_temperature"),
     ("def fit_temperature(", "def fit_temperature((", "is no Python: line"),
 ])
@@ -139,8 +146,11 @@ def test_a_solution_that_never_ends_still_gets_a_result(open_a4, tmp_path, monke
 
 
 def test_the_cut_folder_stands_alone(open_a4):
-    """No history, no solutions; train.py says which task is open, and works once it is solved."""
-    assert not any((open_a4 / name).exists() for name in (".git", "lab", "tests", "assignments/graders/variants"))
+    """No history, no solutions, no dead links; train.py says which task is open, and works once it is solved."""
+    assert not any((open_a4 / name).exists() for name in (".git", "tests", "assignments/graders/variants"))
+    assert not [*(open_a4 / "benchmarks").glob("*.py")]
+    links = re.findall(r"\]\(([\w./-]+)[)#]", (open_a4 / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 8 and all((open_a4 / link).exists() for link in links)
     run = [sys.executable, "train.py", "--method", "lp", "--out", "run"]
     done = subprocess.run(run, cwd=open_a4, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("train.py: error: a4: fit_temperature is open")
