@@ -45,20 +45,9 @@ def folder_sources(folder):
 
 
 def read_rows(path):
-    """Yield (where, text_a, text_b or None, label as a string) for every row of a file.
-
-    Rows without text are refused behind the last one, when it is known how many there are.
-    """
-    rows, empty = 0, []
+    """Yield (where, text_a, text_b or None, label as a string) for every row of a file."""
     for where, row in read_jsonl(path) if path.suffix == ".jsonl" else read_table(path):
-        rows, columns = rows + 1, text_columns(where, row)
-        missing = [name for name in columns if row[name] is None or not str(row[name]).strip()]
-        if missing:
-            empty.append(f"{where}: no {missing[0]}")
-        else:
-            yield where, *texts_of(where, row, *columns), label_of(where, row)
-    if empty:
-        raise ValueError(f"{empty[0]}; expected one in every row; missing in {len(empty)} of {rows} rows")
+        yield where, *texts_of(where, row, *text_columns(where, row)), label_of(where, row)
 
 
 def text_columns(where, names, message=None):

@@ -248,7 +248,7 @@ def test_cb_and_rte_in_their_original_layout(superglue, minilm):
 BAD_FILES = [
     ("train.csv", b"text,label\nfine,0\n\xff\xfe,1\n", "line 3: not UTF-8"),
     ("train.csv", b"text,label\nfine,0\ngood,1,2\n", "line 3: 3 columns"),
-    ("train.csv", b"text,label\nfine,0\n,1\n", "line 3: no text"),
+    ("train.csv", b"text,label\nfine,0\n,1\n", "line 3: text is ''"),
     ("train.csv", b"text,label\nfine,0\ngood,\n", "line 3: label is ''"),
     ("train.csv", b'text,label\nfine,0\n"good,1\n', "line 3: a quote .* is never closed"),
     ("train.csv", b"review,label\nfine,0\n", "line 1: .* is: review, label; expected text"),
