@@ -38,6 +38,10 @@ def listed(tasks):
     return [*TASKS] if "all" in tasks else list(dict.fromkeys(tasks))
 
 
+def files(task):
+    return ", ".join(dict.fromkeys(TASKS[name].file for name in listed([task])))
+
+
 def show_tasks():
     for name, task in TASKS.items():
         print(f"{name}  {task.title:34s} {task.minutes:3d} min  {task.file}: {', '.join(task.functions)}")
@@ -113,6 +117,9 @@ def main(argv=None):
         elif args.command == "grade":
             if len(args.folders) > 1 and (args.gradescope or args.junit):
                 raise ValueError("--gradescope and --junit are of one folder; expected --csv for many")
+            for folder in args.folders:
+                if not folder.is_dir():
+                    raise ValueError(f"{folder}: no such folder; expected one that holds {files(args.task)}")
             return grade_folders(args)
         elif args.command == "gradescope":
             make_gradescope(listed(args.tasks), args.out)

@@ -89,11 +89,11 @@ def emptied(source, name, task):
 
 
 def copy_project(out):
-    """What runs and grades, without history, tests and variants; ValueError if `out` is there."""
+    """What runs and grades, without history, tests, benchmarks and variants; ValueError if `out` is there."""
     if out.exists():
         raise ValueError(f"--out {out}: is there already; expected a new folder")
-    left_out = (".*", "lab", "benchmarks", "tests", "runs", "variants", "check.py", "INSTRUCTORS.md",
-                "__pycache__")
+    left_out = (".*", "*_vs_*.py", "gpu.py", "tests", "runs", "reproduction", "datasets", "variants",
+                "check.py", "INSTRUCTORS.md", "__pycache__")
     here = [out.name] * (out.resolve().parent == ROOT)  # else the copy would copy itself
     shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(*left_out, *here))
 
