@@ -131,8 +131,8 @@ def predict(model, split, batch_size=64, desc=None):
     model.eval()
     batches, parts = evaluation_batches(split.lengths, batch_size), []
     for indices in tqdm(batches, desc=desc, disable=desc is None, leave=False):
-        batch, _ = split.batch(indices, devices.padding(device))
-        parts.append(model.features(**devices.to_device(batch, device)).float())
+        batch, _ = devices.batch_of(split, indices, device)
+        parts.append(model.features(**batch).float())
     model.train(was_training)
     features = torch.empty(len(split), model.head.in_features)
     features[np.concatenate(batches)] = torch.cat(parts).cpu()  # one copy: a GPU is waited for once
@@ -229,9 +229,7 @@ def train_epoch(model, split, batches, optimizer, schedule):
     totals = torch.zeros(2, device=device)  # loss, right predictions; read once, as each read waits for a GPU
     model.train()
     for indices in tqdm(batches, desc="fine-tuning", unit="step", mininterval=1.0, leave=False):
-        batch, labels = split.batch(indices, devices.padding(device))
-        batch = devices.to_device(batch | {"labels": labels}, device)
-        labels = batch.pop("labels")  # (n,)
+        batch, labels = devices.batch_of(split, indices, device)  # labels (n,)
         optimizer.zero_grad()  # frees the old gradients, so that the forward pass can use their memory
         with devices.mixed_precision(device):
             logits = model(**batch)  # (n, C)

@@ -29,7 +29,6 @@ from peft import LoraConfig, get_peft_model
 import lpft
 from data import Split, load_task, training_batches
 from model import Classifier, add_lora
-from plumbing import devices
 from plumbing.checkpoint import load_pretrained
 
 
@@ -62,7 +61,7 @@ class FixedBatches(transformers.Trainer):
                                    generator)
         collated = []
         for indices in batches:
-            batch, labels = self.train_dataset.batch(indices, devices.padding(self.args.device))
+            batch, labels = self.train_dataset.batch(indices, 8 if self.args.device.type == "cuda" else 1)
             collated.append(batch | {"labels": labels})
         return torch.utils.data.DataLoader(collated, batch_size=None)
 

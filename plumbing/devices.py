@@ -42,9 +42,14 @@ def all_to_device(batches, model):
     return [to_device(batch, device_of(model)) for batch in batches]
 
 
-def padding(device):
-    """Batches are as long as a multiple of this: a GPU looks for its fastest kernels for every new shape."""
-    return 8 if device.type == "cuda" else 1
+def batch_of(split, indices, device):
+    """split.batch(indices), (batch, labels (n,)), on the device.
+
+    A GPU looks for its fastest kernels for every new shape: its batches are as long as a multiple of 8.
+    """
+    batch, labels = split.batch(indices, 8 if device.type == "cuda" else 1)
+    batch = to_device(batch | {"labels": labels}, device)
+    return batch, batch.pop("labels")
 
 
 def mixed_precision(device):
