@@ -78,7 +78,7 @@ def draw(numbers, measures):
     rows = [(*first, epochs) for epochs in numbers] + [(*measure, next(iter(numbers))) for measure in rest]
     columns = len(next(iter(numbers.values())))
     figure, axes = plt.subplots(len(rows), columns, squeeze=False, sharex=True, sharey="row",
-                                figsize=(0.5 + 2.2 * columns, 2.4 * len(rows)))
+                                figsize=(0.5 + 2.2 * columns, 0.5 + 2.1 * len(rows)))
     for row, (title, key, epochs) in zip(axes, rows):
         for axis, (task, methods) in zip(row, numbers[epochs].items()):
             for name, curves in methods.items():
@@ -96,6 +96,9 @@ def draw(numbers, measures):
                 axis.fill_between(rates, lower, upper, color=colour, alpha=0.15, linewidth=0)
             axis.set(xscale="log", yscale="log" if key == "temperature" else "linear")
         row[0].set_ylabel(title + f"\n{epochs} epochs" * (len(numbers) > 1))
+    limits = [row[0].get_ylim() for row in axes[:len(numbers)]]  # of one measure: one scale
+    for row in axes[:len(numbers)]:
+        row[0].set_ylim(np.min(limits), np.max(limits))
     for axis, task in zip(axes[0], numbers[epochs]):
         axis.set_title(TASKS[task])
     for axis in axes[-1]:
