@@ -78,7 +78,7 @@ def draw(numbers, measures):
     rows = [(*first, epochs) for epochs in numbers] + [(*measure, next(iter(numbers))) for measure in rest]
     columns = len(next(iter(numbers.values())))
     figure, axes = plt.subplots(len(rows), columns, squeeze=False, sharex=True, sharey="row",
-                                figsize=(0.5 + 2.2 * columns, 0.5 + 2.1 * len(rows)))
+                                figsize=(0.5 + 2.2 * columns, 0.5 + 1.65 * len(rows)))
     for row, (title, key, epochs) in zip(axes, rows):
         for axis, (task, methods) in zip(row, numbers[epochs].items()):
             for name, curves in methods.items():
