@@ -137,20 +137,21 @@ def ntk_stage(args, model, task):
     print()
     picked = draw_ntk_samples(args.ntk, args.seed, task)
     labels, test_labels = (task.splits[name].labels[indices] for name, indices in picked.items())
-    batches, places = zip(*(task.splits[name].batches(indices, 16) for name, indices in picked.items()))
-    kernels = vars(ntk.empirical_ntk(model.eval(), *batches))
+    (train, place), (test, test_place) = (task.splits[name].batches(indices, 16)
+                                          for name, indices in picked.items())
+    kernel = ntk.empirical_ntk(model.eval(), train, test)
     # in the order of `picked`, not of the batches: the folds of kernel regression depend on it
-    kernels = {name: kernel[places["test" in name]][:, :, places[0]] for name, kernel in kernels.items()}
-    P, F, test_P, test_F = kernels.values()  # (N, C, N, C), twice; (M, C, N, C), twice
+    P, F = (part[place][:, :, place] for part in (kernel.pretrain, kernel.ft))  # (N, C, N, C)
+    test_P, test_F = (part[test_place][:, :, place] for part in (kernel.test_pretrain, kernel.test_ft))
     with torch.no_grad():
-        logits = torch.cat([model(**b).cpu() for b in devices.all_to_device(batches[0], model)])  # (N, C)
-    deltas = ntk.initial_deltas(logits[places[0]], labels)
+        logits = torch.cat([model(**b).cpu() for b in devices.all_to_device(train, model)])  # (N, C)
+    deltas = ntk.initial_deltas(logits[place], labels)
     result = {"train_samples": len(labels), "test_samples": len(test_labels), "test_split": [*picked][1],
               "ft_ratio": ntk.ft_ratio(ntk.NTK(P, F), deltas)}
     print(f"\n{'kernel':8s}{'rank':>6s}{'Frobenius':>12s}{'train':>9s}{'test':>8s}"
           f"{'train/logit':>13s}{'test/logit':>12s}{'FT ratio':>10s}")
-    for name, kernel, test_kernel in (("P", P, test_P), ("F", F, test_F), ("Theta", P + F, test_P + test_F)):
-        row = ntk.kernel_statistics(kernel) | ntk.kernel_regression(kernel, labels, test_kernel, test_labels)
+    for name, part, test_part in (("P", P, test_P), ("F", F, test_F), ("Theta", P + F, test_P + test_F)):
+        row = ntk.kernel_statistics(part) | ntk.kernel_regression(part, labels, test_part, test_labels)
         row["singular_values"] = row["singular_values"].tolist()
         result[name] = row
         print(f"{name:8s}{row['rank']:6d}{row['frobenius']:12.1f}{row['train_accuracy']:9.3f}"
@@ -158,8 +159,9 @@ def ntk_stage(args, model, task):
               f"{row['test_logit_accuracy']:12.3f}" + f"{result['ft_ratio']:10.3f}" * (name == "F"))
     print(f"train, test: class accuracy of kernel regression, tested on {result['test_split']}; /logit: of "
           "its single yes-or-no decisions")
-    files.write_arrays(args.out / "ntk.npz", **kernels, labels=labels, test_labels=test_labels, deltas=deltas,
-                       train_indices=picked["train"], test_indices=picked[result["test_split"]])
+    files.write_arrays(args.out / "ntk.npz", pretrain=P, ft=F, test_pretrain=test_P, test_ft=test_F,
+                       labels=labels, test_labels=test_labels, deltas=deltas, train_indices=picked["train"],
+                       test_indices=picked[result["test_split"]])
     return result
 
 

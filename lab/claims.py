@@ -51,7 +51,7 @@ class Unit:
         """The number, or array of numbers, under `keys` in the result of a run."""
         value = look_up(self.results.get(f"{name}-{self.unit}"), *keys)
         if value is None:
-            raise NotMeasured(f"no {'.'.join(keys)} in {name}-{self.unit}")
+            raise NotMeasured(f"{name} has no {'.'.join(keys)} in unit {self.unit}")
         return value
 
     def mean(self, name, group, *keys, ood=False):
@@ -92,7 +92,7 @@ class Unit:
     def gain(self, name, ood):
         """What temperature scaling takes off the ECE."""
         if reason := self.results.get(f"{name}-{self.unit}", {}).get("temperature_reason"):
-            raise NotMeasured(f"T of {name}-{self.unit} is 1: {reason}")
+            raise NotMeasured(f"T of {name} in unit {self.unit} is 1: {reason}")
         before, after = (self.mean(name, "calibration", key, ood=ood) for key in ("ece", "ece_scaled"))
         return before - after
 
@@ -125,12 +125,17 @@ def gain_by_T(other, place):
                 lambda unit: unit.gain("LP-FT", place[1]) - unit.gain(other, place[1]))
 
 
+def falling(name, place):
+    return Part(f"fall of Diff(F) per factor 10 on {name}'s head, {place[0]}",
+                lambda unit: unit.fall(name, place[1]))
+
+
 ID, OOD = PLACES
 CLAIMS = [  # (claim, what the paper says, primary endpoint, further parts)
     ("LP grows the head more than FT", "The head norm grows far more in LP than in FT or LoRA.",
      Part("growth of ||V||: LP - FT", lambda unit: unit.growth("LP") - unit.growth("FT")),
      [Part("growth of ||V||: LP - LoRA", lambda unit: unit.growth("LP") - unit.growth("LoRA")),
-      Part("growth of ||V||: LP - 2 FT", lambda unit: unit.growth("LP") - 2 * unit.growth("FT"))]),
+      Part("growth of ||V||: LP - 2 × FT", lambda unit: unit.growth("LP") - 2 * unit.growth("FT"))]),
     ("LP-FT moves features less than FT", "Features change less in LP-FT than in FT.",
      difference("Diff(F)", "FT", "LP-FT", "features", "diff", place=ID),
      [difference("Diff(F)", "FT", "LP-FT", "features", "diff", place=OOD),
@@ -151,12 +156,10 @@ CLAIMS = [  # (claim, what the paper says, primary endpoint, further parts)
     ("LoRA has nearly the same F as FT", "F under LoRA has nearly F's rank and spectrum under FT.",
      Part("singular values of F, LoRA and FT: smaller / larger",
           lambda unit: unit.spectra("FT", "LoRA"), 0.5),
-     [Part("the same, LP-LoRA and LP-FT", lambda unit: unit.spectra("LP-FT", "LP-LoRA"), 0.5)]),
+     [Part("singular values of F, LP-LoRA and LP-FT: smaller / larger",
+           lambda unit: unit.spectra("LP-FT", "LP-LoRA"), 0.5)]),
     ("A larger head makes features move less", "The longer the first head, the less features move.",
-     Part("fall of Diff(F) per factor 10 on FT's head, in distribution",
-          lambda unit: unit.fall("FT", False)),
-     [Part(f"the same, {name}, {place}", lambda unit, name=name, ood=ood: unit.fall(name, ood))
-      for name in ("FT", "LP-FT") for place, ood in PLACES if (name, ood) != ("FT", False)]),
+     falling("FT", ID), [falling("FT", OOD), falling("LP-FT", ID), falling("LP-FT", OOD)]),
     ("LP-FT is worse calibrated than FT, and a temperature mends it",
      "LP-FT has a higher ECE than FT and gains most from temperature scaling.",
      predicted("ECE", "LP-FT", "FT", ID, "calibration", "ece"),
@@ -182,7 +185,7 @@ def judge(out, plan, results):
             "holds" if primary["mean"] > primary["bound"] else "does not hold")
     for claim in judged:
         claim["primary"].setdefault("verdict", "not measured")
-        claim["why"] = explain(claim["primary"])
+        claim["why"] = explain(claim["primary"], claim["parts"])
     return judged
 
 
@@ -250,13 +253,15 @@ def holm(ps, level=0.05):
     return rejected
 
 
-def explain(primary):
-    """One sentence: why this verdict, from the measurement."""
+def explain(primary, parts):
+    """One sentence: why this verdict, from the measurement; and where the further numbers lie."""
     if "mean" not in primary:
         return f"Not measured: {primary['why']}."
     bound, above = primary["bound"], primary["mean"] > primary["bound"]
-    side = "above" if above else "not above"
-    same = sum((value > bound) == above for value in primary["values"])
+    same = sum(value > bound if above else value < bound for value in primary["values"])
     clear = "" if primary["verdict"] != "undecided" else ", too few or too different to tell it from chance"
-    return (f"In {same} of {primary['units']} units it is {side} {bound:g}, on average "
-            f"{primary['mean']:.3g}{clear}.")
+    sides = ["above" if part["lower"] > part["bound"] else
+             "below" if part["upper"] < part["bound"] else "open" for part in parts if "mean" in part]
+    counts = [f"{sides.count(side)} {side}" for side in ("above", "below", "open") if side in sides]
+    return (f"In {same} of {primary['units']} units it is {'above' if above else 'below'} {bound:g}{clear}. "
+            f"Further numbers: {', '.join(counts) or 'not measured'}.")

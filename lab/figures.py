@@ -61,7 +61,7 @@ def head_norms(out, results, units):
     lp.legend([line, dots], ["head norm", "accuracy"], fontsize=9, loc="lower right")
     for name in TRAINED:
         curves = [[r["head_norm"] for r in metrics(out, name, unit) if r["stage"] == "ft"] for unit in units]
-        ft.plot(np.mean(curves, 0), color=COLOURS[name], label=name)
+        ft.plot(np.mean(curves, 0), "--" if "LoRA" in name else "-", color=COLOURS[name], label=name)
     ft.xaxis.set_major_locator(MaxNLocator(integer=True))
     ft.set(xlabel="epoch", ylabel="head norm", title="FT stage, mean of units", ylim=(0, None))
     ft.set_ylim(0, 1.4 * ft.get_ylim()[1])  # room for the legend
@@ -81,6 +81,7 @@ def spectra(out, results, units):
                           label=name if kernel == "F" else "all methods")
         axis.set(xlabel="index", ylabel="singular value / largest", title=f"{kernel}, start of the FT stage")
         axis.legend(fontsize=9)
+    axes[0].set(xlim=axes[1].get_xlim(), ylim=axes[1].get_ylim())
     return figure
 
 
@@ -161,24 +162,27 @@ def reliability(out, results, units):
                          clip_on=False, label=f"{label}, {len(right)} texts")
         title = f"{name}, mean T = {statistics.mean(fitted):.3g}" if fitted else f"{name}, T not fitted"
         axis.set(title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, frameon=True, markerscale=0.6)  # a frame: its marks are no points
     return figure
 
 
 FIGURES = {  # {title: (file name, what draws it, caption)}
-    "The head's norm (Fig. 1, 4)": ("head-norm", head_norms, "Left, along LP's solver: the head's norm, and "
-        "beside it training accuracy. Right, by epoch of the FT stage. In the paper LP makes the head grow, "
-        "and the FT stage hardly does."),
-    "Feature change against the head (Fig. 3, 10, 11)": ("head-scale", head_scales, "In the paper the curves "
-        "fall: the longer the head that training starts from, the less features move."),
+    "The head's norm (Fig. 1, 4)": ("head-norm", head_norms, "Left, along LP's solver, which may go too far "
+        "and come back: the head's norm, and beside it training accuracy. Right, by epoch of the FT stage. "
+        "In the paper LP makes the head grow, and the FT stage hardly does."),
+    "Feature change against the head (Fig. 3, 10, 11)": ("head-scale", head_scales, "In the paper the "
+        "curves fall: the larger the head that training starts from, the less features move. Compare along a "
+        "curve: each method has its own learning rate."),
     "Spectra of P and F (Fig. 2, 7)": ("spectra", spectra, "Mean over units. In the paper F has the higher "
-        "rank, it reaches further to the right, and LoRA's (dashed) has nearly the spectrum of FT's (solid). "
-        "Each is divided by its largest value, so sizes are not compared."),
-    "Trace norms of P and F (Fig. 8, 9)": ("trace-norms", trace_norms, "The first unit; one scale for all, "
-        "so that the size of F can be compared: from a random head it is small, after LP many times larger."),
-    "Reliability before and after temperature scaling": ("reliability", reliability, "All units. Points "
-        "below the diagonal are too sure, above it too unsure; the larger a mark, the more texts. Triangles, "
-        "after dividing by T, should lie near it; small marks are a few texts."),
+        "rank (its curve ends further to the right), and LoRA's F (dashed) has nearly the spectrum of FT's "
+        "(solid). Each is divided by its largest value, so sizes are not compared. P's values come in equal "
+        "groups, one for each class, since P is a number times I."),
+    "Trace norms of P and F (Fig. 8, 9)": ("trace-norms", trace_norms, "Of the C x C block of each pair of "
+        "texts, the sum of its singular values, in the first unit. One scale for all, so that the size of F "
+        "can be compared: from a random head it is small, after LP many times larger."),
+    "Reliability before and after temperature scaling": ("reliability", reliability, "All units; one without "
+        "a T as it is. Points below the diagonal are too sure, above it too unsure; the larger a mark, the "
+        "more texts. Triangles, after dividing by T, should lie near it; small marks are a few texts."),
 }
 
 

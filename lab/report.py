@@ -170,7 +170,7 @@ def as_markdown(out, plan, results, units, **more):
     text = page.render(more | {
         "TASKS": TASKS, "commands": commands(plan), "interval": interval,
         "table_grid": table_grid, "tuning_grid": tuning_grid,
-        "plan": plan, "units": units, "data": Path(str(first.get("data"))).name,
+        "plan": plan, "units": units, "results": results, "data": Path(str(first.get("data"))).name,
         "model": Path(str(first.get("model"))).name, "samples": first.get("samples", {}),
         "used": {name: read_json(out / "runs" / f"{name}-{units[0]}" / "config.json") for name in METHODS},
         "missing": {name: last_error(out / "runs" / f"{name}.log") or "not finished"

@@ -69,7 +69,8 @@ def test_every_claim_holds_where_it_is_true_and_not_in_the_mirror():
     for sign, verdict in ((1, "holds"), (-1, "does not hold")):
         found = judged(made_up(sign))
         assert [claim["primary"]["verdict"] for claim in found] == [verdict] * 7
-        assert all(claim["why"].startswith("In 4 of 4 units") for claim in found)
+        side = "above" if sign == 1 else "below"
+        assert all(claim["why"].startswith(f"In 4 of 4 units it is {side} ") for claim in found)
     slope = judged(made_up())[5]["primary"]
     assert slope["mean"] == pytest.approx(1.0015)  # per factor of ten
     assert len(slope["values"]) == slope["units"] == 4
@@ -84,6 +85,17 @@ def test_the_other_parts_have_no_part_in_the_verdict():
     assert found[1]["primary"]["verdict"] == found[3]["primary"]["verdict"] == "holds"
     assert any(part["measure"] == "FDR(F) in distribution: FT - LP-FT" and part["mean"] == -0.5
                for part in found[1]["parts"])
+
+
+def test_the_last_column_counts_where_the_other_parts_lie():
+    """By their intervals; a part that is not measured is in no count."""
+    part = {"bound": 0.5, "mean": 1.0}
+    parts = [part | {"lower": 0.6, "upper": 1.4}, part | {"lower": 0.4, "upper": 1.6}, {"bound": 0.5, "why": "a tie"},
+             part | {"mean": 0, "lower": -0.1, "upper": 0.1}, part | {"mean": 0.1, "lower": 0.1, "upper": 0.1}]
+    primary = {"bound": 0, "mean": -1, "values": [-3, 1, 0], "units": 3, "verdict": "undecided"}
+    assert claims.explain(primary, parts) == ("In 1 of 3 units it is below 0, too few or too different to tell it "
+                                              "from chance. Further numbers: 1 above, 2 below, 1 open.")
+    assert claims.explain(primary | {"verdict": "holds"}, parts[2:3]).endswith("below 0. Further numbers: not measured.")
 
 
 def test_a_claim_that_units_disagree_on_is_undecided():
@@ -101,7 +113,7 @@ def test_what_is_not_defined_is_not_measured_and_says_why():
     found = judged({run: result for run, result in results.items() if "scale" not in run})
     whys = {part["measure"]: part.get("why") for claim in found for part in (claim["primary"], *claim["parts"])}
     assert whys["rank: F - P, FT"] == "P has full rank, which F cannot exceed" and not whys["rank: F - P, LP-FT"]
-    assert whys["fall of ECE by T in distribution: LP-FT - FT"] == "T of LP-FT-1 is 1: every sample is right"
+    assert whys["fall of ECE by T in distribution: LP-FT - FT"] == "T of LP-FT in unit 1 is 1: every sample is right"
     assert found[5]["primary"]["verdict"] == "not measured" and "no runs from scaled heads" in found[5]["why"]
     assert "mean" not in found[5]["primary"]
 
