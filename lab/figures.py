@@ -72,6 +72,8 @@ def head_norms(out, results, units):
 def spectra(out, results, units):
     """Fig. 2, 7: singular values of P and F over the largest, mean over units."""
     figure, axes = panels(2)
+    axes[1].sharex(axes[0])
+    axes[1].sharey(axes[0])
     for axis, kernel in zip(axes, ("P", "F")):
         for name in TRAINED if kernel == "F" else ("FT",):  # P is one and the same
             values = np.mean([r["ntk"][kernel]["singular_values"] for r in of_units(results, name, units)], 0)
@@ -81,7 +83,6 @@ def spectra(out, results, units):
                           label=name if kernel == "F" else "all methods")
         axis.set(xlabel="index", ylabel="singular value / largest", title=f"{kernel}, start of the FT stage")
         axis.legend(fontsize=9)
-    axes[0].set(xlim=axes[1].get_xlim(), ylim=axes[1].get_ylim())
     return figure
 
 
@@ -149,8 +150,8 @@ def reliability(out, results, units):
         arrays = [np.load(out / "runs" / f"{name}-{unit}" / "logits.npz") for unit in units]
         labels = np.concatenate([array["labels_test"] for array in arrays])
         axis.plot([0, 1], [0, 1], color="#999999", linewidth=1)
-        for marker, colour, label in (("o", COLOURS[name], "as trained"), ("^", "#222222", "divided by T")):
-            temperatures = [run["temperature"] if label == "divided by T" else None for run in runs]
+        for marker, colour, label in (("o", COLOURS[name], "as trained"), ("^", "#222222", "with T")):
+            temperatures = [run["temperature"] if label == "with T" else None for run in runs]
             probs = torch.cat([(torch.from_numpy(array["logits_test"]).double() / (t or 1.0)).softmax(1)
                                for array, t in zip(arrays, temperatures)])  # (texts of all units, C)
             confidence, guess = (x.numpy() for x in probs.max(1))
@@ -159,10 +160,11 @@ def reliability(out, results, units):
                                for b in np.unique(bins)])
             axis.plot(points[:, 0], points[:, 1], color=colour, linewidth=1)
             axis.scatter(points[:, 0], points[:, 1], 8 + 150 * points[:, 2], marker=marker, color=colour,
-                         clip_on=False, label=f"{label}, {len(right)} texts")
-        title = f"{name}, mean T = {statistics.mean(fitted):.3g}" if fitted else f"{name}, T not fitted"
-        axis.set(title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
-        axis.legend(fontsize=8, frameon=True, markerscale=0.6)  # a frame: its marks are no points
+                         clip_on=False, label=label)
+        mean = f"mean T {statistics.mean(fitted):.3g}" if fitted else "T not fitted"
+        axis.set_title(f"{name}, {len(right)} texts, {mean}", fontsize=11)
+        axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+        axis.legend(fontsize=8, loc="upper left", markerscale=0.6)  # no confidence is so low
     return figure
 
 

@@ -119,7 +119,8 @@ def test_reliability_is_accuracy_by_confidence_before_and_after(tmp_path):
     axis = figures.reliability(tmp_path, results, [1, 2]).axes[0]
     expected = len(set(np.ceil((1 / (1 + np.exp(-spread.astype(float)))) * 15)))
     assert len(axis.collections[0].get_offsets()) == expected == 8  # of the 15 bins, as in ECE
-    assert axis.get_legend_handles_labels()[1][0] == "as trained, 120 texts"  # of both units
+    assert axis.get_title() == "LP, 120 texts, mean T 1"  # of both units
+    assert axis.get_legend_handles_labels()[1] == ["as trained", "with T"]
 
 
 def test_without_a_temperature_reliability_stays_as_trained(tmp_path):
@@ -127,7 +128,7 @@ def test_without_a_temperature_reliability_stays_as_trained(tmp_path):
     axes = figures.reliability(tmp_path, results, [1]).axes
     before, after = (scatter.get_offsets()[0].tolist() for scatter in axes[1].collections)
     assert before == after
-    assert [axis.get_title() for axis in axes[:2]] == ["LP, mean T = 2", "FT, T not fitted"]
+    assert [axis.get_title() for axis in axes[:2]] == ["LP, 40 texts, mean T 2", "FT, 40 texts, T not fitted"]
 
 
 def test_what_cannot_be_drawn_is_named_and_the_rest_is_drawn(tmp_path):
