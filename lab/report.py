@@ -30,7 +30,6 @@ PAGE, STYLE = (Path(__file__).with_name(f"page.{kind}") for kind in ("md", "css"
 
 # ---------------------------------------------------------------------------- tables
 
-
 HEAD = {"Norm(C) at the start": "head_norm_initial", "Norm(C)": "head_norm", "Diff(C)": "head_diff"}
 FEATURES = {"CS(F)": "cs", "Diff(F)": "diff", "FDR(F)": "fdr", "Norm(F)": "norm"}
 KERNEL = {"rank": "rank", "Frobenius norm": "frobenius", "regression, train": "train_accuracy",

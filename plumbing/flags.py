@@ -66,8 +66,7 @@ def run_main(main):
 
 
 def read(parser, argv=None):
-    """train.py's flags, checked, with defaults filled in; those of the run itself where --resume names one.
-    """
+    """train.py's flags, checked, with defaults filled in; those of the run itself if --resume names one."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if not args.resume:

@@ -137,9 +137,8 @@ def fingerprint(task, encoder):
 
 def how_to_go_on(out):
     """What an interrupted run says."""
-    if out and (out / "config.json").is_file():
-        return f"; go on with: python train.py --resume {shlex.quote(str(out))}"
-    return ""
+    begun = out and (out / "config.json").is_file()
+    return f"; go on with: python train.py --resume {shlex.quote(str(out))}" if begun else ""
 
 
 def claim_folders(args):
