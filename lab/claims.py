@@ -6,8 +6,8 @@
 An endpoint is a number that each unit gives (a language with its encoder, texts and labels; on real data a
 seed), mostly the paired difference of two methods. Its interval is Student's t. Where units share their test
 texts and the endpoint is made of predictions, the chance of the texts is added, by bootstrap of the saved
-logits. The verdict compares the endpoint with its bound: Holm's procedure over the seven keeps the chance that
-any verdict is wrong at 5 %. Parts are further numbers, with intervals and without verdict.
+logits. The verdict compares the endpoint with its bound. Holm's procedure over the seven keeps the chance
+that any verdict is wrong at 5 %. Parts are further numbers, with intervals and without verdict.
 """
 
 import math
