@@ -278,8 +278,8 @@ def fit_temperature(logits, labels):
     """The temperature T > 0 that minimises the mean cross-entropy of logits / T (paper Sec. 4.6).
 
     logits (N, C), labels (N,). Dividing by T is dividing V and b by T: no prediction changes. The loss is
-    convex in s = 1 / T, so its slope rises with s, and bisection finds where it is 0, to 12 digits of T.
-    T is 1 where that is nowhere. ValueError for logits that are infinite or NaN.
+    convex in s = 1 / T: its slope rises with s, and is 0 where T is best. T is 1 if no T is best
+    (why_no_temperature). ValueError for logits that are infinite or NaN.
     """
     logits, labels = logits.detach().cpu().double(), labels.cpu()  # (N, C), (N,)
     if not torch.isfinite(logits).all():
@@ -294,7 +294,7 @@ def fit_temperature(logits, labels):
     low, high = 0.0, 1.0
     while slope(high) < 0:
         low, high = high, 2 * high
-    while high - low > 1e-12 * high:
+    while high - low > 1e-12 * high:  # bisection
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 1 / high

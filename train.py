@@ -32,7 +32,7 @@ def parse_args(argv=None):
     add("--lora-r", type=int, metavar="R", help="rank of the updates (default: 8)")
     add("--lora-alpha", type=float, metavar="A", help="updates are scaled by A / R (default: 8)")
     add("--lp-scoring", choices=("accuracy", "log-loss"), help="what LP's cross-validation maximises "
-        "(default: accuracy; on embedded tasks minus log-loss)")
+        "(default: accuracy; on tiny, tiny-30, ... minus log-loss)")
     add("--lp-inverse-l2", type=float, metavar="C", help="fix LP's penalty (scikit-learn's C)")
     add("--model", default="tiny", metavar="{tiny,DIR,HUB}", help="tiny: the one in data/tiny_encoder; or "
         "a folder with a BERT or RoBERTa checkpoint; or its name on the Hugging Face hub (default: tiny)")
@@ -126,6 +126,8 @@ def lp_stage(args, model, task, features_0):
     chosen = "fixed" if args.lp_inverse_l2 else f"chosen by 5-fold {args.lp_scoring}"
     print(f"LP    inverse_l2 {probe.inverse_l2:.4g}, {chosen};  train {record['train_accuracy']:.3f}  "
           f"val {task.metric} {record[f'val_{task.metric}']:.3f}  head norm {record['head_norm']:.3f}")
+    if args.lp_scoring == "accuracy" and (probe.scores == probe.scores.max()).sum() > 1:
+        print("LP    weaker penalties score the same; --lp-scoring log-loss may tell them apart")
     if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:
         print("LP    train is far above val: the head overfits; try --lp-scoring log-loss")
     files.write_lines(args.out / "metrics.jsonl", [record])

@@ -118,8 +118,11 @@ def main(argv=None):
             if len(args.folders) > 1 and (args.gradescope or args.junit):
                 raise ValueError("--gradescope and --junit are of one folder; expected --csv for many")
             for folder in args.folders:
-                if not folder.is_dir():
+                if not folder.exists():
                     raise ValueError(f"{folder}: no such folder; expected one that holds {files(args.task)}")
+                if folder.is_file():  # beside the folders, such as a list of names
+                    print(f"{folder}: a file, not graded", file=sys.stderr)
+            args.folders = [folder for folder in args.folders if folder.is_dir()]
             return grade_folders(args)
         elif args.command == "gradescope":
             make_gradescope(listed(args.tasks), args.out)

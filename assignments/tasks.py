@@ -89,18 +89,30 @@ def emptied(source, name, task):
 
 
 def copy_project(out):
-    """What runs and grades, without history, tests, benchmarks and variants; ValueError if `out` is there."""
+    """What runs and grades, without history, tests, benchmarks and variants; ValueError for a wrong `out`."""
     if out.exists():
         raise ValueError(f"--out {out}: is there already; expected a new folder")
-    left_out = (".*", "*_vs_*.py", "gpu.py", "tests", "runs", "reproduction", "datasets", "variants",
-                "check.py", "INSTRUCTORS.md", "__pycache__")
-    here = [out.name] * (out.resolve().parent == ROOT)  # else the copy would copy itself
-    shutil.copytree(ROOT, out, ignore=shutil.ignore_patterns(*left_out, *here))
+    folders = [ROOT / name for name in ("assignments", "data", "lab", "plumbing")]
+    if any(folder in out.resolve().parents for folder in folders):
+        raise ValueError(f"--out {out}: lies in a folder that is copied; expected one elsewhere")
+    out.mkdir(parents=True)
+    for pattern in ("*.py", "requirements*.txt", "README.md", "LICENSE"):
+        for path in ROOT.glob(pattern):
+            shutil.copy(path, out)
+    for folder in folders:
+        shutil.copytree(folder, out / folder.name, ignore=shutil.ignore_patterns(
+            ".*", "__pycache__", "variants", "check.py", "INSTRUCTORS.md"))
+    (out / "benchmarks").mkdir()
+    shutil.copy(ROOT / "benchmarks" / "README.md", out / "benchmarks")
 
 
 def cut(names, out):
     """A copy of the project in which these tasks are open; ValueError if `out` is there."""
     copy_project(out)
+    sheets = ", ".join(f"[{name}](assignments/{name}.md)" for name in names)
+    readme = (out / "README.md").read_text(encoding="utf-8")
+    said = f"> In this copy functions are open, for you to write: {sheets}. It has no tests and benchmarks."
+    (out / "README.md").write_text(f"{said}\n\n{readme}", encoding="utf-8")
     for name in names:
         path = out / TASKS[name].file
         source = path.read_text(encoding="utf-8")

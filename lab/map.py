@@ -74,11 +74,10 @@ def collect(results, tasks, epochs, units):
 
 def draw(numbers, measures):
     """Rows are measures, columns tasks; numbers is {epochs: what collect gives}."""
-    first, *rest = measures.items()
-    rows = [(*first, epochs) for epochs in numbers] + [(*measure, next(iter(numbers))) for measure in rest]
-    columns = len(next(iter(numbers.values())))
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False, sharex=True, sharey="row",
-                                figsize=(0.5 + 2.2 * columns, 0.5 + 1.65 * len(rows)))
+    (first, *rest), start = measures.items(), next(iter(numbers))  # start: the epochs of which all is drawn
+    rows = [(*first, epochs) for epochs in numbers] + [(*measure, start) for measure in rest]
+    figure, axes = plt.subplots(len(rows), len(numbers[start]), squeeze=False, sharex=True, sharey="row",
+                                figsize=(7.1, 0.5 + 1.65 * len(rows)))
     for row, (title, key, epochs) in zip(axes, rows):
         for axis, (task, methods) in zip(row, numbers[epochs].items()):
             for name, curves in methods.items():
@@ -95,23 +94,29 @@ def draw(numbers, measures):
                 axis.plot(rates, mean, color=colour, linewidth=2.5, linestyle=style, label=name)
                 axis.fill_between(rates, lower, upper, color=colour, alpha=0.15, linewidth=0)
             axis.set(xscale="log", yscale="log" if key == "temperature" else "linear")
+        every = np.array([values for panels in numbers.values() for methods in panels.values()
+                          for curves in methods.values() for values in curves[key]], float)
+        if every.size:  # one scale for a measure, by its values: few languages make bands wide
+            low, high = np.nanmin(every), np.nanmax(every)
+            margin = 0.05 * (high - low)
+            row[0].set_ylim(*(low / 1.3, high * 1.3) if key == "temperature" else
+                            (low - margin, high + margin))
         row[0].set_ylabel(title + f"\n{epochs} epochs" * (len(numbers) > 1))
-    limits = [row[0].get_ylim() for row in axes[:len(numbers)]]  # of one measure: one scale
-    for row in axes[:len(numbers)]:
-        row[0].set_ylim(np.min(limits), np.max(limits))
-    for axis, task in zip(axes[0], numbers[epochs]):
+    for axis, task in zip(axes[0], numbers[start]):
         axis.set_title(TASKS[task])
     for axis in axes[-1]:
         axis.set_xlabel("learning rate")
-    figure.legend(*axes[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_legend_handles_labels()[0]}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(METHODS))
     return figure
 
 
 def make_map(args):
+    reproduce.refuse_other_folder(args)
     (args.out / "runs").mkdir(parents=True, exist_ok=True)
     runs = map_runs(args)
     reproduce.refuse_other_flags(args, runs)
-    failed = reproduce.run_all(args, reproduce.encoders(args), "encoders", 1)
+    failed = reproduce.run_all(args, reproduce.encoders(args), "encoders, minutes each", 1)
     failed |= reproduce.run_all(args, runs, "runs")
     results = read_results(args.out, runs)
     numbers = {epochs: collect(results, args.tasks, epochs, args.units) for epochs in args.epochs}
@@ -134,8 +139,9 @@ def main(argv=None):
     add("--out", type=Path, default=Path("reproduction/map"), help="folder (default: reproduction/map)")
     flags = parser.parse_args(argv)
     words = ["--languages", str(flags.languages), "--rates", "1", "--out", str(flags.out)]
-    args = reproduce.parse_args(words + (["--jobs", str(flags.jobs)] if flags.jobs is not None else []))
-    args.tasks, args.epochs = flags.tasks, [*dict.fromkeys(flags.epochs)]
+    words += ["--jobs", str(flags.jobs)] if flags.jobs is not None else []
+    args = reproduce.parse_args(words, "lab.map")
+    args.tasks, args.epochs = flags.tasks, flags.epochs
     return exit_status("lab.map", lambda: make_map(args), lambda: "; the same command goes on")
 
 

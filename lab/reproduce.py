@@ -42,8 +42,8 @@ OWN_FLAGS = ("--method", "--lora", "--seed", "--language", "--lr", "--head-scale
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def parse_args(argv=None):
-    parser = Parser("lab.reproduce", description="Regenerate the paper's tables and judge its claims. "
+def parse_args(argv=None, program="lab.reproduce"):
+    parser = Parser(program, description="Regenerate the paper's tables and judge its claims. "
                     "Further flags go to train.py.")
     add = parser.add_argument
     add("--data", default="tiny", help="a task by name, or a folder (default: tiny)")
@@ -230,6 +230,11 @@ def end_with_parent():
 # ---------------------------------------------------------------------------- the command
 
 
+def refuse_other_folder(args):
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "runs").is_dir():
+        raise ValueError(f"--out {args.out}: holds something else; expected a new folder or an earlier one")
+
+
 def refuse_other_flags(args, runs):
     """ValueError if a run of that name was made or begun with other flags."""
     for name, flags in runs.items():
@@ -260,7 +265,7 @@ def stages(args, command):
     """(title, {name: flags}, processes side by side) in order; the last depends on what came before."""
     tuning = tuning_runs(args)
     refuse_other_flags(args, tuning)
-    yield "encoders", encoders(args), 1  # each takes two threads
+    yield "encoders, minutes each", encoders(args), 1  # each takes two threads
     plan = read_plan(args.out) if (args.out / PLAN).is_file() else {"tuning": None}
     if tuning and plan["tuning"] == tuning:  # a choice is made once, even if what failed would now succeed
         rates = plan["rates"]
@@ -280,8 +285,7 @@ def reproduce(args, command):
     """All stages, then the report; Failed if a run failed."""
     if args.report:
         return write_report(args.out)
-    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "runs").is_dir():
-        raise ValueError(f"--out {args.out}: holds something else; expected a new folder or an earlier one")
+    refuse_other_folder(args)
     with redirect_stdout(sys.stderr):  # what is said of a download is no shell line
         check_data(args)  # a flag that train.py refuses ends here, not after an hour
     (args.out / "runs").mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def all_to_device(batches, model):
 
 
 def batch_of(split, indices, device):
-    """split.batch(indices), (batch, labels (n,)), on the device.
+    """(batch, labels (n,)) of split.batch(indices), on the device.
 
     A GPU looks for its fastest kernels for every new shape: its batches are as long as a multiple of 8.
     """

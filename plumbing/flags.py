@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(program, allow_abbrev=False, **how)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        more = "; --help lists the flags" * message.startswith("unrecognized")
+        self.exit(2, f"{self.prog}: error: {message}{more}\n")
 
 
 class Failed(Exception):
@@ -100,8 +101,9 @@ def add_common_flags(parser):
     add("--pooling", choices=("auto", "first", "mean"), default="auto", help="phi(x) is the first token's "
         "last hidden state, as in the paper, or the mean over tokens; auto: what the checkpoint's "
         "1_Pooling/config.json says, if there is one, else first (default: auto)")
-    add("--language", type=int, metavar="N", help="of an embedded task; --model has to be an encoder made "
-        f"for it by python -m lab.pretrain --seed N (default: {tiny.LANGUAGE}, that of --model tiny)")
+    add("--language", type=int, metavar="N", help="that the texts of tiny, tiny-30, ... are generated in; "
+        "--model has to be an encoder made for it by python -m lab.pretrain --seed N (default: "
+        f"{tiny.LANGUAGE}, that of --model tiny)")
     add("--max-length", type=int, default=128, metavar="L", help="cut texts to L tokens (default: 128)")
     add("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
     add("--max-test", type=int, metavar="N", help="keep N samples of test and of each OOD split, for every "

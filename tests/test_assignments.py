@@ -77,6 +77,27 @@ def test_a_folder_that_is_not_there_is_one_line_and_no_grade(tmp_path, capsys):
     assert not out and err.endswith("ada: no such folder; expected one that holds model.py, lpft.py, ntk.py\n")
 
 
+def test_a_file_beside_the_students_folders_is_passed_over(open_a4, tmp_path, capsys):
+    (tmp_path / "roster.csv").write_text("ada\n")
+    assert command.main(["grade", "a4", str(tmp_path / "roster.csv"), str(open_a4)]) == 1
+    out, err = capsys.readouterr()
+    assert "a4    0 of" in out and err.endswith("roster.csv: a file, not graded\n")
+
+
+def test_a_copy_holds_the_project_alone_and_does_not_copy_itself(tmp_path, capsys):
+    """Whatever else lies in the project's folder, other hand-ins too, stays there."""
+    (ROOT / "hand-ins-of-a-test").mkdir()
+    try:
+        assert command.main(["cut", "a4", "--out", str(tmp_path / "copy")]) == 0
+    finally:
+        (ROOT / "hand-ins-of-a-test").rmdir()
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+        "README.md", "LICENSE", "requirements.txt", "requirements-dev.txt", "model.py", "lpft.py", "ntk.py", "train.py",
+        "predict.py", "data", "plumbing", "lab", "assignments", "benchmarks"}
+    assert command.main(["cut", "a4", "--out", str(ROOT / "lab" / "mine" / "copy")]) == 2
+    assert "lies in a folder that is copied" in capsys.readouterr().err and not (ROOT / "lab" / "mine").exists()
+
+
 def test_a_solved_task_earns_all_and_other_files_do_not_count(open_a4, tmp_path, capsys):
     """From the student's file come the functions of the task alone; whatever else is changed, is ignored."""
     theirs = tmp_path / "theirs"
@@ -150,7 +171,7 @@ def test_the_cut_folder_stands_alone(open_a4):
     assert not any((open_a4 / name).exists() for name in (".git", "tests", "assignments/graders/variants"))
     assert not [*(open_a4 / "benchmarks").glob("*.py")]
     links = re.findall(r"\]\(([\w./-]+)[)#]", (open_a4 / "README.md").read_text(encoding="utf-8"))
-    assert len(links) > 8 and all((open_a4 / link).exists() for link in links)
+    assert links[0] == "assignments/a4.md" and len(links) > 8 and all((open_a4 / link).exists() for link in links)
     run = [sys.executable, "train.py", "--method", "lp", "--out", "run"]
     done = subprocess.run(run, cwd=open_a4, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("train.py: error: a4: fit_temperature is open")

@@ -25,7 +25,7 @@ FLAGS = [
     ("--method ft --lp-scoring accuracy", "--lp-scoring has no effect"),
     ("--lp-inverse-l2 0", "--lp-inverse-l2 is 0.0"),
     ("--lp-inverse-l2 1 --lp-scoring accuracy", "--lp-inverse-l2 fixes the penalty"),
-    ("--metho lp", "unrecognized arguments: --metho lp"),
+    ("--metho lp", "unrecognized arguments: --metho lp; --help lists the flags"),
     ("--epochs 0", "--epochs is 0"),
     ("--epochs 1.5", "argument --epochs: invalid int value"),
     ("--method lp --epochs 3", "--epochs has no effect: --method lp has no FT stage"),

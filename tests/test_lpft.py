@@ -453,8 +453,9 @@ def test_no_temperature_is_best_exactly_where_the_loss_has_no_minimum():
 
 
 def test_without_numbers_there_is_no_temperature():
-    with pytest.raises(ValueError, match="NaN"):
-        fit_temperature(torch.full((3, 3), math.nan), torch.tensor([0, 1, 2]))
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="NaN"):
+            fit_temperature(torch.tensor([[bad, 0.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 1, 1]))
 
 
 def test_dividing_logits_by_t_is_dividing_v_and_b_by_t(model, small_task):

@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
@@ -670,3 +671,42 @@ def test_the_map_has_a_point_for_each_rate_method_and_language(made_up_runs, tmp
     failing.clear()
     asked.clear()
     assert lab_map.main(command) == 0 and [*asked] == ["tiny.FT=0.001x10-1"]
+
+
+def test_the_map_takes_no_folder_of_something_else(made_up_runs, tmp_path, capsys):
+    (tmp_path / "train.csv").write_text("text,label\n")
+    assert lab_map.main(["--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lab.map: error: --out") and "holds something else" in error
+    with pytest.raises(SystemExit) as ended:
+        lab_map.main(["--languages", "1"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "lab.map: error: --languages is 1; expected 2 to 100\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
+
+
+def test_the_maps_rows_show_their_own_epochs_on_one_scale():
+    """The scale is that of the values: with two languages a band is twelve times as wide as their difference."""
+    def of_epochs(shift):
+        curves = {"rates": [1e-4, 1e-3], "ood": [[0.5, 0.6 + shift], [0.7, 0.8]], "id": [[1.0, 0.9], [1.0, 0.9]]}
+        lp = {"rates": [""], "ood": [[0.6, 0.6]], "id": [[0.9, 0.9]]}
+        return {"tiny-30": {}, "tiny": {"LP": lp, "FT": curves}}
+
+    figure = lab_map.draw({10: of_epochs(0), 40: of_epochs(0.3)}, lab_map.MEASURES["map"])
+    axes = np.reshape(figure.axes, (3, 2))
+    assert [axis.get_title() for axis in axes[0]] == ["30 labels", "60 labels"]
+    thick = [[line for line in row[1].lines if line.get_label() == "FT"][0].get_ydata().tolist() for row in axes]
+    assert np.array(thick) == pytest.approx(np.array([[0.55, 0.75], [0.7, 0.75], [0.95, 0.95]]))
+    limits = [row[1].get_ylim() for row in axes]
+    assert limits[0] == limits[1] == pytest.approx((0.48, 0.92)) and limits[2] == pytest.approx((0.895, 1.005))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LP", "FT"]  # the first panel is empty
+    one = lab_map.draw({10: of_epochs(0)}, lab_map.MEASURES["map"])
+    assert [axis.get_ylabel() for axis in one.axes] == ["OOD accuracy", "", "ID accuracy", ""]
+    lab_map.draw({10: {"tiny": {}}}, lab_map.MEASURES["map"])  # where every run has failed
+
+
+def test_the_map_takes_ten_epochs_and_passes_on_the_number_of_processes(monkeypatch):
+    seen = []
+    monkeypatch.setattr(lab_map, "make_map", seen.append)
+    assert lab_map.main(["--jobs", "3"]) == lab_map.main([]) == 0
+    assert seen[0].jobs == 3 and seen[1].epochs == [10] and seen[1].tasks == ["tiny-30", "tiny", "tiny-120"]

@@ -472,3 +472,11 @@ def test_bad_data_are_refused_before_a_checkpoint_is_looked_for(tmp_path, capsys
     assert train.main(["--data", str(tmp_path / "none"), "--model", str(tmp_path / "none either"), "--out",
                        str(tmp_path / "run")]) == 2
     assert f"{tmp_path / 'none'}: no such folder; --data" in capsys.readouterr().err
+
+
+def test_lp_says_where_accuracy_cannot_tell_penalties_apart(tmp_path, capsys):
+    """60 labels: several penalties have the same cross-validated accuracy, and the strongest is taken."""
+    note = "LP    weaker penalties score the same; --lp-scoring log-loss may tell them apart"
+    for scoring in ("accuracy", "log-loss"):
+        assert train.main(["--method", "lp", "--lp-scoring", scoring, "--out", str(tmp_path / scoring)]) == 0
+        assert (note in capsys.readouterr().out) == (scoring == "accuracy")

@@ -30,7 +30,7 @@ def texts(rng, too_sure=2.0, count=200, classes=3):
 
 
 def bisection(slope):
-    """T where slope(b), b = 1 / T, goes through 0 from below."""
+    """T where slope(s), s = 1 / T, goes through 0 from below."""
     low, high = 0.0, 1.0
     while slope(high) < 0:
         high *= 2
@@ -44,14 +44,14 @@ def best(logits, labels):
     """T by bisection on the slope of the loss, which is convex in 1 / T."""
     logits = logits.double()
     of_label = logits.gather(1, labels[:, None]).mean()
-    return bisection(lambda b: float(((b * logits).softmax(1) * logits).sum(1).mean() - of_label))
+    return bisection(lambda s: float(((s * logits).softmax(1) * logits).sum(1).mean() - of_label))
 
 
 def as_sure_as_right(logits, labels):
     """T at which mean confidence is accuracy: another idea of what calibration is."""
     logits = logits.double()
     accuracy = (logits.argmax(1) == labels).double().mean()
-    return bisection(lambda b: float((b * logits).softmax(1).amax(1).mean() - accuracy))
+    return bisection(lambda s: float((s * logits).softmax(1).amax(1).mean() - accuracy))
 
 
 def of_squared_error(logits, labels):
