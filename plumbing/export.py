@@ -2,8 +2,6 @@
 
     save_classifier, load_classifier    model.safetensors, tokenizer.json, classifier.json
     export_classifier                   for transformers (AutoModel), peft (PeftModel), anyone's head
-
-Apart from `train.py` because `predict.py` reads what is written here.
 """
 import copy
 import math

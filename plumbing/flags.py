@@ -34,9 +34,8 @@ class Failed(Exception):
 
 
 def exit_status(program, work, go_on=lambda: ""):
-    """Call work(). 0, or one line on standard error and 2 for bad input; 1 for a full disk or memory, for a
-    solver that did not converge, an open assignment and Failed; 130 for an interruption, with go_on() behind.
-    """
+    """Call work(). 0; or one line on standard error, and 2 for bad input, 130 for an interruption, with go_on()
+    behind, 1 for a full disk or memory, a solver that did not converge, an open assignment and Failed."""
     try:
         work()
         return 0
@@ -101,9 +100,8 @@ def add_common_flags(parser):
     add("--pooling", choices=("auto", "first", "mean"), default="auto", help="phi(x) is the first token's "
         "last hidden state, as in the paper, or the mean over tokens; auto: what the checkpoint's "
         "1_Pooling/config.json says, if there is one, else first (default: auto)")
-    add("--language", type=int, metavar="N", help="that the texts of tiny, tiny-30, ... are generated in; "
-        "--model has to be an encoder made for it by python -m lab.pretrain --seed N (default: "
-        f"{tiny.LANGUAGE}, that of --model tiny)")
+    add("--language", type=int, metavar="N", help="of tiny's texts; --model has to be an encoder made for it "
+        f"by python -m lab.pretrain --seed N (default: {tiny.LANGUAGE}, that of --model tiny)")
     add("--max-length", type=int, default=128, metavar="L", help="cut texts to L tokens (default: 128)")
     add("--max-train", type=int, metavar="N", help="keep N training samples, by seed")
     add("--max-test", type=int, metavar="N", help="keep N samples of test and of each OOD split, for every "
@@ -151,8 +149,7 @@ def fill_defaults(args):
         name = args.data if args.data in CORPORA else "folder"
         if args.model == "tiny" or language_of(args.model) is not None:
             name = "tiny-distractors" if args.data == "tiny-distractors" else "tiny"
-        recipe = RECIPES[name]
-        batch_size, lr = recipe[STAGES.index((args.method, args.lora))]
+        batch_size, lr = RECIPES[name][STAGES.index((args.method, args.lora))]
         args.epochs = args.epochs or 10
         args.batch_size = args.batch_size or batch_size
         args.lr = args.lr or lr
@@ -189,10 +186,7 @@ def configuration(args, *without):
 
 
 def check_task(args, task, tokenizer, config):
-    """ValueError for text that the encoder cannot read: too long, of too many types, or, for the tiny one, of
-    words that are not of its own language; for classes with too few samples for LP; and for LoRA that is no
-    low-rank update.
-    """
+    """ValueError for flags, data and encoder that do not fit each other."""
     if args.max_length > config.max_length:
         raise ValueError(f"--max-length {args.max_length}: {args.model} has positions for "
                          f"{config.max_length} tokens at most; expected {config.max_length} or less")
