@@ -34,8 +34,8 @@ class Failed(Exception):
 
 
 def exit_status(program, work, go_on=lambda: ""):
-    """Call work(). 0; or one line on standard error, and 2 for bad input, 130 for an interruption (and go_on()),
-    1 for a full disk or memory, a solver that did not converge, an open assignment and Failed."""
+    """Call work(). 0; or one line on standard error, and 2 for bad input, 130 if interrupted, 1 for a full
+    disk or memory, a solver that did not converge, an open assignment and Failed."""
     try:
         work()
         return 0
