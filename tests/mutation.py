@@ -63,6 +63,16 @@ EQUIVALENT = {
         'nothing is halved in the rounds that follow',
     ('plumbing/newton.py', 'conjugate_gradients', 'for _ in range(1000):', '1001'):
         'it ends long before',
+    ('lpft.py', 'fit_temperature', 'low, high = 0.0, 1.0', '2.0'):
+        'where the search begins, not where it ends',
+    ('lpft.py', 'fit_temperature', 'low, high = high, 2 * high', '3'):
+        'how fast the bracket grows',
+    ('lpft.py', 'fit_temperature', 'while slope(high) < 0:', '<='):
+        'never exactly 0',
+    ('lpft.py', 'fit_temperature', 'while high - low > 1e-12 * high:  # bisection', '>='):
+        'never exactly equal',
+    ('lpft.py', 'fit_temperature', 'low, high = (middle, high) if slope(middle) < 0 else (low, middle)', '<='):
+        'never exactly 0',
     ('lpft.py', 'fine_tune', 'fused=devices.device_of(model).type in ("cuda", "cpu"))', 'not in'):
         'the same Adam, by other code: slower',
     ('train.py', 'lp_stage', 'if args.lp_scoring == "accuracy" and record["train_accuracy"] > record["val_accuracy"] + 0.2:', '>='):

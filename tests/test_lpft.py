@@ -375,6 +375,8 @@ def test_temperature_is_the_minimum_of_the_cross_entropy():
     t = fit_temperature(7 * logits, labels)
     loss = [float(F.cross_entropy(7 * logits / (t * factor), labels)) for factor in (0.99, 1, 1.01)]
     assert loss[1] < min(loss[0], loss[2])
+    rounded = (7 * logits).float()  # as a model gives them: the search is in float64 all the same
+    assert fit_temperature(rounded, labels) == pytest.approx(fit_temperature(rounded.double(), labels), rel=1e-12)
 
 
 @pytest.mark.parametrize("case", ["all right", "all wrong", "one sample", "chance"])

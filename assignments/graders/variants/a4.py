@@ -122,4 +122,12 @@ WRONG = {
         "    of_label", "    logits -= logits.mean(1, keepdim=True)\n    of_label")},
     NAN: {"fit_temperature": GRID.replace("if not torch.isfinite(logits).all()", "if False")},
 }
-EQUIVALENT = {}
+EQUIVALENT = {
+    ("logits, labels = logits.detach().cpu().double(), labels.cpu()  # (N, C), (N,)", "pass"):
+        "without float64, T is right to the four digits that are asked for",
+    ("low, high = 0.0, 1.0", "2.0"): "where the search begins, not where it ends",
+    ("low, high = high, 2 * high", "3"): "how fast the bracket grows",
+    ("while slope(high) < 0:", "<="): "never exactly 0",
+    ("while high - low > 1e-12 * high:  # bisection", ">="): "never exactly equal",
+    ("low, high = (middle, high) if slope(middle) < 0 else (low, middle)", "<="): "never exactly 0",
+}
