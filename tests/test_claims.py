@@ -74,6 +74,13 @@ def test_every_claim_holds_where_it_is_true_and_not_in_the_mirror():
     slope = judged(made_up())[5]["primary"]
     assert slope["mean"] == pytest.approx(1.0015)  # per factor of ten
     assert len(slope["values"]) == slope["units"] == 4
+    results = made_up()
+    for name in results:  # out of distribution twice the change
+        results[name] = results[name] | {"features": {split: numbers | {"diff": numbers["diff"] * (1 + (split != "test"))}
+                                                      for split, numbers in results[name]["features"].items()}}
+    slopes = {part["measure"].split("on ")[1]: part["mean"] for part in judged(results)[5]["parts"]}
+    assert slopes == pytest.approx({"FT's head, out of distribution": 2.003, "LP-FT's head, in distribution": 1.0015,
+                                    "LP-FT's head, out of distribution": 2.003})
 
 
 def test_the_other_parts_have_no_part_in_the_verdict():
@@ -91,10 +98,10 @@ def test_the_last_column_counts_where_the_other_parts_lie():
     """By their intervals; a part that is not measured is in no count."""
     part = {"bound": 0.5, "mean": 1.0}
     parts = [part | {"lower": 0.6, "upper": 1.4}, part | {"lower": 0.4, "upper": 1.6}, {"bound": 0.5, "why": "a tie"},
-             part | {"mean": 0, "lower": -0.1, "upper": 0.1}, part | {"mean": 0.1, "lower": 0.1, "upper": 0.1}]
+             part | {"mean": 0.4, "lower": 0.1, "upper": 0.7}, part | {"mean": 0, "lower": -0.1, "upper": 0.1}, part | {"mean": 0.1, "lower": 0.1, "upper": 0.1}]
     primary = {"bound": 0, "mean": -1, "values": [-3, 1, 0], "units": 3, "verdict": "undecided"}
     assert claims.explain(primary, parts) == ("In 1 of 3 units it is below 0, too few or too different to tell it "
-                                              "from chance. Further numbers: 1 above, 2 below, 1 open.")
+                                              "from chance. Further numbers: 1 above, 2 below, 2 open.")
     assert claims.explain(primary | {"verdict": "holds"}, parts[2:3]).endswith("below 0. Further numbers: not measured.")
 
 

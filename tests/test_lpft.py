@@ -15,7 +15,7 @@ from lpft import (accuracy, calibration_error, feature_statistics, fine_tune, fi
                   fit_temperature, matthews, predict, set_head, train_epoch, why_no_temperature)
 from lpft import stratified_folds
 from model import Classifier, add_lora
-from plumbing import newton
+from plumbing import devices, newton
 from plumbing.checkpoint import load_pretrained
 
 
@@ -348,6 +348,14 @@ def test_predictions_come_in_the_order_of_the_split(model, small_task):
     with torch.no_grad():
         assert torch.allclose(model.eval().features(**batch), features[[11, 3]], atol=1e-5)
         assert torch.allclose(model(**batch), logits[[11, 3]], atol=1e-5)
+
+
+def test_on_a_cpu_a_batch_is_as_long_as_its_longest_text(small_task):
+    """A GPU's is a multiple of 8 tokens, as it looks for its fastest kernels for every new shape."""
+    split = small_task.splits["train"]
+    batch, labels = devices.batch_of(split, [3, 5], torch.device("cpu"))
+    assert batch["input_ids"].shape == (2, split.lengths[[3, 5]].max()) and batch["input_ids"].shape[1] % 8
+    assert torch.equal(labels, split.labels[[3, 5]]) and {*batch} == {"input_ids", "attention_mask", "token_type_ids"}
 
 
 # ------------------------------------------------------------------------------------ calibration
