@@ -253,7 +253,7 @@ def holm(ps, level=0.05):
 
 
 def explain(primary, parts):
-    """One sentence: why this verdict, from the measurement; and where the further numbers lie."""
+    """Why this verdict, from the measurement; and where the further numbers lie."""
     if "mean" not in primary:
         return f"Not measured: {primary['why']}."
     bound, above = primary["bound"], primary["mean"] > primary["bound"]

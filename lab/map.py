@@ -96,7 +96,7 @@ def draw(numbers, measures):
             axis.set(xscale="log", yscale="log" if key == "temperature" else "linear")
         every = np.array([values for panels in numbers.values() for methods in panels.values()
                           for curves in methods.values() for values in curves[key]], float)
-        if every.size:  # one scale for a measure, by its values: few languages make bands wide
+        if np.isfinite(every).any():  # one scale for a measure, by its values: few languages make bands wide
             low, high = np.nanmin(every), np.nanmax(every)
             margin = 0.05 * (high - low)
             row[0].set_ylim(*(low / 1.3, high * 1.3) if key == "temperature" else

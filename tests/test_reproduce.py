@@ -703,6 +703,8 @@ def test_the_maps_rows_show_their_own_epochs_on_one_scale():
     one = lab_map.draw({10: of_epochs(0)}, lab_map.MEASURES["map"])
     assert [axis.get_ylabel() for axis in one.axes] == ["OOD accuracy", "", "ID accuracy", ""]
     lab_map.draw({10: {"tiny": {}}}, lab_map.MEASURES["map"])  # where every run has failed
+    no_t = {"rates": [1e-4], "diff": [[1, 2]], "temperature": [[None, None]], "ece": [[0.1, 0.2]]}
+    lab_map.draw({10: {"tiny": {"FT": no_t}}}, lab_map.MEASURES["map-mechanism"])  # where no T could be fitted
 
 
 def test_the_map_takes_ten_epochs_and_passes_on_the_number_of_processes(monkeypatch):
